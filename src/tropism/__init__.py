@@ -1,0 +1,85 @@
+"""tropism turns a language model toward a reward, by every method that does it, and measures what each one bought."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tropism.algorithms import ALGORITHMS, GRPO, PPO, RLOO, SFT, Critic, KLControl, MissingEos
+    from tropism.api import train
+    from tropism.build import Result
+    from tropism.config import Recipe
+    from tropism.data.config import DataConfig
+    from tropism.errors import TropismError
+    from tropism.evaluation.report import write_report
+    from tropism.generation import TextPolicy
+    from tropism.models.loading import ModelConfig, load_model
+    from tropism.models.lora import LoRA
+    from tropism.models.policy import Policy, Reference
+    from tropism.rewards import RewardConfig, RewardTerm, register
+    from tropism.rollouts.config import Sampling
+    from tropism.training.config import CheckpointConfig, EvaluationConfig, OptimizerConfig, TrainerConfig
+
+_HOMES = {
+    "tropism.algorithms": ("ALGORITHMS", "GRPO", "PPO", "RLOO", "SFT", "Critic", "KLControl", "MissingEos"),
+    "tropism.api": ("train",),
+    "tropism.build": ("Result",),
+    "tropism.config": ("Recipe",),
+    "tropism.data.config": ("DataConfig",),
+    "tropism.errors": ("TropismError",),
+    "tropism.evaluation.report": ("write_report",),
+    "tropism.generation": ("TextPolicy",),
+    "tropism.models.loading": ("ModelConfig", "load_model"),
+    "tropism.models.lora": ("LoRA",),
+    "tropism.models.policy": ("Policy", "Reference"),
+    "tropism.rewards": ("RewardConfig", "RewardTerm", "register"),
+    "tropism.rollouts.config": ("Sampling",),
+    "tropism.training.config": ("CheckpointConfig", "EvaluationConfig", "OptimizerConfig", "TrainerConfig"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ALGORITHMS",
+    "GRPO",
+    "PPO",
+    "RLOO",
+    "SFT",
+    "CheckpointConfig",
+    "Critic",
+    "DataConfig",
+    "EvaluationConfig",
+    "KLControl",
+    "LoRA",
+    "MissingEos",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Policy",
+    "Recipe",
+    "Reference",
+    "Result",
+    "RewardConfig",
+    "RewardTerm",
+    "Sampling",
+    "TextPolicy",
+    "TrainerConfig",
+    "TropismError",
+    "__version__",
+    "load_model",
+    "register",
+    "train",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported on first use, so that ``import tropism`` is quick."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'tropism' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

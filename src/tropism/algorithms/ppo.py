@@ -1,0 +1,203 @@
+"""PPO: a critic, generalised advantages, clipped policy and value losses, a KL penalty to the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tropism.algorithms.base import (
+    CollectStats,
+    OnPolicyAlgorithm,
+    OnPolicyConfig,
+    Ratios,
+    RunFacts,
+    Scorer,
+    count_tokens,
+    policy_outputs,
+    policy_ratios,
+    reference_logprobs,
+)
+from tropism.algorithms.kl_control import KLControl
+from tropism.ops import (
+    clipped_policy_loss,
+    clipped_tokens,
+    clipped_value_loss,
+    explained_variance,
+    gae,
+    kl_k1,
+    kl_k2,
+    masked_sum,
+    masked_whiten,
+    penalised_rewards,
+)
+from tropism.types import Metrics, PolicyBatch, RewardBatch, Rollouts, Sums
+
+
+@dataclass(frozen=True, kw_only=True)
+class Critic:
+    """How the value head is trained; it shares the policy's trunk."""
+
+    coef: float = 0.1
+    """Weight of the value loss."""
+    clip: float | None = 0.2
+    """Values move at most this far from the old ones before their loss stops falling; None: no clipping."""
+    bootstrap_truncated: bool = False
+    """The critic's estimate stands for what would have followed a completion cut by the length limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MissingEos:
+    """What a completion that was cut by the length limit loses."""
+
+    penalty: float = 0.0
+    """Subtracted from its reward (TRL)."""
+    score: float | None = None
+    """Replaces its reward (lm-human-preferences: -1); None: it keeps its reward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPO(OnPolicyConfig):
+    """Proximal policy optimisation (https://arxiv.org/abs/1707.06347) as lm-human-preferences runs it."""
+
+    name: ClassVar[str] = "ppo"
+    needs_value_head: ClassVar[bool] = True
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "lm-human-preferences/sentiment": {
+            "kl_coef": 0.15,
+            "kl": KLControl(target=6.0, horizon=10_000),
+            "whiten_rewards": True,
+            "missing_eos": MissingEos(score=-1.0),
+        },
+        "lm-human-preferences/descriptiveness": {
+            "kl_coef": 0.15,
+            "kl": KLControl(target=6.0, horizon=10_000),
+            "whiten_rewards": True,
+            "missing_eos": MissingEos(score=-1.0),
+        },
+        "lm-human-preferences/cnndm": {"kl_coef": 0.01, "missing_eos": MissingEos(score=-1.0)},
+        "lm-human-preferences/tldr": {"kl_coef": 0.03, "missing_eos": MissingEos(score=-1.0)},
+        "trl": {"kl_coef": 0.05, "whiten_rewards": False},
+        "trlx": {"kl_coef": 0.001, "critic": Critic(coef=1.0)},
+    }
+
+    num_epochs: int = 4
+    """Passes over each collect's completions."""
+    clip_low: float = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio is clipped above at 1 + clip_high."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """GAE's mixing of one-step (0) and whole-completion (1) returns."""
+    kl: KLControl = field(default_factory=KLControl)
+    """Where the KL enters and whether its coefficient adapts."""
+    critic: Critic = field(default_factory=Critic)
+    """The value loss."""
+    whiten_rewards: bool = False
+    """Token rewards are divided by their standard deviation over the collect; their mean stays."""
+    whiten_advantages: bool = True
+    """Advantages get mean 0 and variance 1 over each minibatch."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    missing_eos: MissingEos = field(default_factory=MissingEos)
+    """What completions without an end lose."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1):
+            raise ValueError("gamma and lam must lie between 0 and 1")
+        if self.clip_low < 0 or self.clip_high < 0:
+            raise ValueError("clip_low and clip_high must not be negative")
+
+    def build(self, facts: RunFacts) -> PPOAlgorithm:
+        return PPOAlgorithm(self, facts)
+
+
+class PPOAlgorithm(OnPolicyAlgorithm[PPO]):
+    """PPO in a run; its state is the KL coefficient."""
+
+    def __init__(self, config: PPO, facts: RunFacts) -> None:
+        super().__init__(config, facts)
+        self.kl_coef = config.kl_coef
+
+    def make_batch(
+        self, policy: Scorer, reference: Scorer | None, rollouts: Rollouts, rewards: RewardBatch
+    ) -> PolicyBatch:
+        config, mask = self.config, rollouts.completion_mask
+        ref_logprobs = reference_logprobs(reference, rollouts)
+        values, after = policy.values(rollouts)
+        token_rewards = self._token_rewards(rollouts, rewards)
+        if config.kl.place == "reward":
+            kl = kl_k1(rollouts.logprobs, ref_logprobs)
+            token_rewards = penalised_rewards(token_rewards, kl, mask, kl_coef=self.kl_coef)
+        loss_mask = mask & rewards.scored[:, None]
+        if config.whiten_rewards:
+            token_rewards = masked_whiten(token_rewards, loss_mask, shift_mean=False)
+        bootstrap = after * rollouts.truncated if config.critic.bootstrap_truncated else None
+        advantages = gae(token_rewards, values, mask, gamma=config.gamma, lam=config.lam, bootstrap=bootstrap)
+        return PolicyBatch.of(
+            rollouts,
+            loss_mask=loss_mask,
+            ref_logprobs=ref_logprobs,
+            advantages=advantages,
+            returns=(advantages + values) * mask,
+            old_values=values,
+        )
+
+    def _token_rewards(self, rollouts: Rollouts, rewards: RewardBatch) -> Tensor:
+        """[B, T] rewards with the stated loss for completions that did not end."""
+        eos, cut = self.config.missing_eos, rollouts.truncated
+        completion = rewards.per_completion - eos.penalty * cut
+        per_token = rewards.per_token
+        if eos.score is not None:
+            completion = torch.where(cut, torch.full_like(completion, eos.score), completion)
+            per_token = None if per_token is None else per_token * ~cut[:, None]
+        changed = replace(rewards, per_completion=completion, per_token=per_token)
+        return changed.by_token(rollouts.completion_lengths, rollouts.completion_ids.shape[1])
+
+    def prepare(self, batch: PolicyBatch) -> PolicyBatch:
+        if not self.config.whiten_advantages:
+            return batch
+        return replace(batch, advantages=masked_whiten(batch.advantages, batch.loss_mask))
+
+    def loss(self, policy: Any, batch: PolicyBatch) -> tuple[Sums, Ratios]:
+        config, mask = self.config, batch.loss_mask
+        wanted = {"logprobs", "entropy", "values"}
+        output = policy_outputs(policy, batch, wanted, entropy_gradient=config.entropy_coef > 0)
+        clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
+        surrogate = clipped_policy_loss(output.logprobs, batch.old_logprobs, batch.advantages, **clip)
+        value_loss = clipped_value_loss(output.values, batch.old_values, batch.returns, clip=config.critic.clip)
+        sums = {"policy": masked_sum(surrogate, mask), "value": config.critic.coef * masked_sum(value_loss, mask)}
+        if config.kl.place == "loss" and self.kl_coef > 0:
+            sums["kl"] = self.kl_coef * masked_sum(kl_k2(output.logprobs, batch.ref_logprobs), mask)
+        if config.entropy_coef > 0:
+            sums["entropy"] = -config.entropy_coef * masked_sum(output.entropy, mask)
+        clipped = clipped_tokens(output.logprobs, batch.old_logprobs, batch.advantages, **clip)
+        ratios = policy_ratios(output.logprobs, output.entropy, clipped, batch)
+        ratios["value/mean"] = (masked_sum(output.values.detach(), mask), mask.sum())
+        ratios["value/error"] = (masked_sum((output.values.detach() - batch.returns) ** 2, mask), mask.sum())
+        return sums, ratios
+
+    def weight(self, batch: PolicyBatch) -> dict[str, float]:
+        return dict.fromkeys(("policy", "value", "kl", "entropy"), count_tokens(batch))
+
+    def collect_metrics(self, batch: PolicyBatch) -> Metrics:
+        explained = explained_variance(batch.old_values, batch.returns, batch.loss_mask)
+        return {"value/explained_variance": float(explained)}
+
+    def after_collect(self, stats: CollectStats) -> Metrics:
+        self.kl_coef = self.config.kl.next_coefficient(
+            self.kl_coef, sequence_kl=stats.sequence_kl, samples=stats.samples
+        )
+        return {"policy/kl_coef": self.kl_coef}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kl_coef": self.kl_coef}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.kl_coef = float(state["kl_coef"])

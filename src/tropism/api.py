@@ -1,0 +1,76 @@
+"""Training in one call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tropism.config import Recipe, algorithm_from
+from tropism.rewards import RewardConfig
+from tropism.rollouts.config import Sampling
+from tropism.training.config import TrainerConfig
+
+if TYPE_CHECKING:
+    from tropism.algorithms import AlgorithmConfig
+    from tropism.build import Result
+    from tropism.models.lora import LoRA
+
+
+def train(
+    model: Any,
+    algorithm: AlgorithmConfig | str,
+    *,
+    data: Any,
+    reward: Any = None,
+    eval_data: Any = None,
+    run: str | Path | None = None,
+    total_steps: int = 100,
+    prompts_per_step: int = 16,
+    seed: int = 0,
+    sampling: Sampling | None = None,
+    lora: LoRA | None = None,
+    trainer: TrainerConfig | None = None,
+    resume: bool = False,
+) -> Result:
+    """Turn a model toward a reward (or, with SFT, toward demonstrations).
+
+    Args:
+        model: hub id, folder, .gguf file, "demo", a ``ModelConfig``, or a pair (model, tokenizer), which is trained in
+            place.
+        algorithm: the method and its settings, such as ``GRPO(group_size=8)``, or its name.
+        data: prompts (demonstrations for SFT): a list, file, ``DataConfig``, ``datasets.Dataset`` or mapping of columns.
+            Columns beside the prompt go to the reward.
+        reward: a callable, a registered name, ``{"name": (reward, weight)}``, or a ``RewardConfig``.
+        eval_data: held-out data in the same forms, evaluated before and after (and every ``trainer.evaluation.every``).
+        run: folder for everything the run writes; None takes the first free ``runs/<method>-<number>``.
+        total_steps: collects for methods that sample, optimizer updates for SFT.
+        prompts_per_step: prompts per collect, each answered ``group_size`` times; demonstrations per update for SFT.
+        seed: all randomness follows from it.
+        sampling: how completions are sampled.
+        lora: train an adapter; None trains all weights.
+        trainer: optimizer, precision, evaluation, checkpoints, tracking.
+        resume: go on with the run in ``run`` from its newest complete checkpoint.
+
+    Returns:
+        The trained policy, its latest metrics, and the run folder.
+
+    Raises:
+        TropismError: something about the model, data, reward or settings cannot work; raised before training starts.
+    """
+    from tropism.build import run_recipe
+
+    recipe = Recipe(
+        model=model,
+        algorithm=algorithm_from(algorithm),
+        data=data,
+        eval_data=eval_data,
+        reward=None if reward is None else RewardConfig.of(reward),
+        run=None if run is None else str(run),
+        total_steps=total_steps,
+        prompts_per_step=prompts_per_step,
+        seed=seed,
+        sampling=sampling or Sampling(),
+        lora=lora,
+        trainer=trainer or TrainerConfig(),
+    )
+    return run_recipe(recipe, resume=resume)

@@ -1,0 +1,355 @@
+"""The composition root: from a recipe to a run that can be executed. The only place that wires things."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from peft import PeftModel
+
+from tropism.algorithms.base import OnPolicyAlgorithm, RunFacts
+from tropism.config import Recipe
+from tropism.data.config import DataConfig
+from tropism.data.demonstrations import Demonstration, make_demonstrations
+from tropism.data.prompts import make_prompts
+from tropism.data.split import train_eval_split
+from tropism.errors import ConfigError, DataError
+from tropism.evaluation.heldout import LossEvaluation, RewardEvaluation
+from tropism.generation import TextPolicy
+from tropism.models.heads import ValueHead
+from tropism.models.loading import LoadedModel, load_model
+from tropism.models.lora import add_lora, add_reference_adapter
+from tropism.models.policy import Policy, Reference
+from tropism.models.saving import save_plain
+from tropism.rewards import RewardHarness
+from tropism.rollouts.engine import EmbeddedSampler
+from tropism.rollouts.transcribe import Transcriber
+from tropism.training.checkpoint import Checkpoint, newest_complete, read_checkpoint
+from tropism.training.interrupt import Interrupts
+from tropism.training.optimizer import build_optimizer, default_learning_rate
+from tropism.training.preflight import preflight, sample_rows
+from tropism.training.processes import Processes
+from tropism.training.run import Evaluation, Run
+from tropism.training.run_folder import RunFolder
+from tropism.training.scoring import ModelScorer
+from tropism.training.sources import DemonstrationSource, RolloutSource
+from tropism.training.trainer import Trainer
+from tropism.types import Prompt
+
+logger = logging.getLogger("tropism")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run left behind."""
+
+    policy: TextPolicy
+    """The trained policy; ``generate`` answers prompts."""
+    metrics: dict[str, float]
+    """The latest value of every metric."""
+    path: Path
+    """The run folder."""
+
+
+def run_recipe(recipe: Recipe, *, resume: bool = False, allow_code: bool = False) -> Result:
+    """Train by a recipe.
+
+    Args:
+        resume: go on with the run in ``recipe.run`` from its newest complete checkpoint.
+        allow_code: let the recipe name reward functions by ``module:function`` or ``file.py:function``.
+
+    Raises:
+        TropismError: anything about the recipe, model, data or reward that cannot work, before training starts.
+        Interrupted: after a signal, with everything up to the last update saved.
+    """
+    assembled = Assembly(recipe, resume=resume, allow_code=allow_code)
+    assembled.check()
+    assembled.run.execute(recipe.total_steps, resumed=assembled.checkpoint)
+    assembled.processes.accelerator.end_training()
+    return assembled.result()
+
+
+class Assembly:
+    """Everything a recipe needs, built and connected."""
+
+    def __init__(self, recipe: Recipe, *, resume: bool = False, allow_code: bool = False) -> None:
+        self.recipe = recipe
+        self.resumed = resume
+        config = recipe.algorithm
+        self.harness = None if recipe.reward is None else RewardHarness(recipe.reward, allow_code=allow_code)
+        self.processes = Processes(_accelerator(recipe))
+        path = Path(recipe.run) if recipe.run else _free_run(config.name)
+        path = Path(self.processes.from_main(str(path)))
+        self.folder = _open_folder(path, self.processes, resume=resume)
+        self.checkpoint = self._newest_checkpoint() if resume else None
+        self.loaded, self.policy = _build_policy(recipe)
+        self.reference = self._build_reference()
+        self.algorithm: Any = config.build(
+            RunFacts(total_steps=recipe.total_steps, max_new_tokens=recipe.sampling.max_new_tokens)
+        )
+        self.sampler = EmbeddedSampler(self.loaded.tokenizer, self.loaded.tokens.eos_ids)
+        self.transcriber = Transcriber(self.loaded.tokenizer, recipe.sampling.stop)
+        self.scorer = self._scorer(lambda: nullcontext(self.policy))
+        self.reference_scorer = None if self.reference is None else self._scorer(self.reference.active)
+        self.prompts: Sequence[Prompt] = []
+        self.run = Run(
+            folder=self.folder,
+            config=recipe.trainer,
+            processes=self.processes,
+            policy=self.policy,
+            evaluations=[],
+            export=lambda where: save_plain(self.loaded.model, self.loaded.tokenizer, where),
+            interrupts=Interrupts(),
+        )
+        source = self._on_policy_source() if config.on_policy else self._demonstration_source()
+        self.trainer = self._build_trainer(source)
+        self.run.attach(self.trainer)
+        self._write_head()
+
+    # Model -----------------------------------------------------------------------------------------------------------
+
+    def _build_reference(self) -> Reference | None:
+        """A reference where the method needs it, or where it costs nothing (adapters switched off)."""
+        adapted = isinstance(self.loaded.model, PeftModel)
+        needed = self.recipe.algorithm.needs_reference or self.recipe.algorithm.on_policy
+        return Reference(self.policy) if needed or adapted else None
+
+    def _scorer(self, active: Any) -> ModelScorer:
+        trainer = self.recipe.trainer
+        return ModelScorer(
+            active, self.processes, max_tokens=2 * trainer.micro_batch_tokens, max_rows=trainer.micro_batch_size
+        )
+
+    def _build_trainer(self, source: Any) -> Trainer:
+        trainer = self.recipe.trainer
+        weights = sum(p.numel() for p in self.policy.model.parameters())
+        adapters = isinstance(self.loaded.model, PeftModel)
+        rate = trainer.learning_rate or default_learning_rate(weights, adapters=adapters)
+        wrapped = self.processes.accelerator.prepare_model(self.policy, device_placement=False)
+        return Trainer(
+            policy=wrapped,
+            algorithm=self.algorithm,
+            source=source,
+            optimizer=build_optimizer(self.policy, trainer, learning_rate=rate),
+            config=trainer,
+            processes=self.processes,
+            learning_rate=rate,
+            device=self.policy.device,
+            after_update=self.run.after_update,
+        )
+
+    # Data ------------------------------------------------------------------------------------------------------------
+
+    def _on_policy_source(self) -> RolloutSource:
+        recipe = self.recipe
+        assert self.harness is not None and isinstance(self.algorithm, OnPolicyAlgorithm)
+        self.prompts, held_out = self._prompts()
+        if held_out:
+            self.run.evaluations.append(self._reward_evaluation(held_out))
+        precise = self.processes.accelerator.mixed_precision == "no" and self.policy.dtype == torch.float32
+        recompute = recipe.trainer.recompute_logprobs
+        return RolloutSource(
+            algorithm=self.algorithm,
+            prompts=self.prompts,
+            prompts_per_step=recipe.prompts_per_step,
+            sampler=self.sampler,
+            sampling=recipe.sampling,
+            harness=self.harness,
+            transcribe=self.transcriber,
+            policy=self.policy,
+            scorer=self.scorer,
+            reference=self.reference_scorer if recipe.algorithm.needs_reference else None,
+            processes=self.processes,
+            seed=recipe.seed,
+            total_steps=recipe.total_steps,
+            recompute_logprobs=not precise if recompute is None else recompute,
+            interrupts=self.run.interrupts,
+            on_collect=self.run.on_collect,
+        )
+
+    def _demonstration_source(self) -> DemonstrationSource:
+        recipe, config = self.recipe, self.recipe.algorithm
+        train: Sequence[Demonstration] = self._demonstrations(recipe.data)
+        held_out: Sequence[Demonstration] = []
+        fraction = recipe.data.eval_fraction if isinstance(recipe.data, DataConfig) else 0.0
+        if recipe.eval_data is not None:
+            held_out = self._demonstrations(recipe.eval_data)
+        elif fraction > 0:
+            train, held_out = train_eval_split(train, fraction, seed=recipe.seed)
+        if held_out:
+            self.run.evaluations.append(LossEvaluation(held_out, scorer=self.scorer))
+        if self.harness is not None:
+            self.prompts, prompts = self._prompts()
+            if prompts:
+                self.run.evaluations.append(self._reward_evaluation(prompts))
+        return DemonstrationSource(
+            train, batch_size=recipe.prompts_per_step, seed=recipe.seed, shuffle=config.shuffle  # type: ignore[attr-defined]
+        )
+
+    def _demonstrations(self, data: Any) -> list[Demonstration]:
+        config: Any = self.recipe.algorithm
+        limit = config.max_length or self.policy.context_length
+        source, settings = _source_and_settings(data)
+        return make_demonstrations(
+            source, self.loaded.tokenizer, settings, max_length=limit, completion_only=config.completion_only
+        )
+
+    def _prompts(self) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+        """Prompts to train on, and held-out ones."""
+        recipe = self.recipe
+        prompts: Sequence[Prompt] = self._make_prompts(recipe.data)
+        if not prompts:
+            raise DataError("the data holds no prompts")
+        if recipe.eval_data is not None:
+            return prompts, self._make_prompts(recipe.eval_data)
+        fraction = recipe.data.eval_fraction if isinstance(recipe.data, DataConfig) else 0.0
+        return train_eval_split(prompts, fraction, seed=recipe.seed) if fraction > 0 else (prompts, [])
+
+    def _make_prompts(self, data: Any) -> list[Prompt]:
+        limit = self.policy.context_length
+        room = None if limit is None else limit - self.recipe.sampling.max_new_tokens
+        if room is not None and room < 1:
+            raise ConfigError(
+                f"sampling.max_new_tokens={self.recipe.sampling.max_new_tokens} leaves no room for a prompt in the model's "
+                f"context of {limit}"
+            )
+        source, settings = _source_and_settings(data)
+        return make_prompts(source, self.loaded.tokenizer, settings, max_length=room)
+
+    def _reward_evaluation(self, prompts: Sequence[Prompt]) -> Evaluation:
+        assert self.harness is not None
+        return RewardEvaluation(
+            prompts,
+            policy=self.policy,
+            sampler=self.sampler,
+            sampling=self.recipe.sampling,
+            harness=self.harness,
+            transcribe=self.transcriber,
+            reference=self.reference_scorer,
+            processes=self.processes,
+            seed=self.recipe.seed,
+        )
+
+    # Before and after ------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """The dry call of the reward and the pre-flight checks, on a few real prompts."""
+        if not self.prompts or not (self.recipe.trainer.preflight or self.harness):
+            return
+        key = {"sampling": self.recipe.sampling, "seed": self.recipe.seed}
+        chosen, rollouts = sample_rows(self.policy, self.sampler, self.prompts, **key)  # type: ignore[arg-type]
+        if self.harness is not None:
+            self.harness.dry_call(self.transcriber(rollouts.to("cpu"), chosen, {"step": 0}))
+        if self.recipe.trainer.preflight:
+            exact = self.processes.accelerator.mixed_precision == "no" and self.policy.dtype == torch.float32
+            report = preflight(self.policy, self.reference, rollouts, exact=exact, fresh=self.checkpoint is None)
+            logger.info("pre-flight: %s", report)
+
+    def _newest_checkpoint(self) -> Checkpoint:
+        path, skipped = newest_complete(self.folder.path / "checkpoints")
+        for message in skipped:
+            logger.warning(message)
+        if path is None:
+            raise ConfigError(f"{self.folder.path} holds no complete checkpoint to resume from; start a new run")
+        return read_checkpoint(path)
+
+    def _write_head(self) -> None:
+        if self.processes.is_main and not self.resumed:
+            self.folder.write_recipe(self.recipe.to_yaml())
+            device = self.policy.device
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+            self.folder.write_environment(
+                {
+                    "device": name,
+                    "processes": self.processes.count,
+                    "learning_rate": self.trainer.learning_rate,
+                    "trained_weights": sum(p.numel() for p in self.policy.parameters() if p.requires_grad),
+                }
+            )
+        if self.recipe.trainer.tracking:
+            self.processes.accelerator.init_trackers(self.folder.path.name, config={"recipe": self.recipe.to_yaml()})
+
+    def result(self) -> Result:
+        return Result(
+            policy=TextPolicy(self.policy, self.loaded, self.recipe.sampling),
+            metrics=dict(self.run.recent),
+            path=self.folder.path,
+        )
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    AcceleratorState._reset_state()  # a process may run several recipes, each with its own precision
+    name = recipe.model.device if hasattr(recipe.model, "device") and isinstance(recipe.model.device, str) else "auto"
+    precision = recipe.trainer.precision
+    if precision == "auto":
+        precision = "bf16" if name != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    return Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        cpu=name == "cpu" or not torch.cuda.is_available(),
+        log_with=list(recipe.trainer.tracking) or None,
+        project_dir=recipe.run or "runs",
+    )
+
+
+def _free_run(method: str) -> Path:
+    """runs/<method>-<number> with the first number that is free."""
+    number = 1
+    while (path := Path("runs") / f"{method}-{number}").exists():
+        number += 1
+    return path
+
+
+def _open_folder(path: Path, processes: Processes, *, resume: bool) -> RunFolder:
+    """The first process creates (or refuses) the folder; the others then find it there."""
+    problem, folder = None, None
+    if processes.is_main:
+        try:
+            folder = RunFolder(path, resume=resume)
+        except ConfigError as error:
+            problem = str(error)
+    problem = processes.from_main(problem)
+    if problem is not None:
+        raise ConfigError(problem)
+    return folder or RunFolder.existing(path)
+
+
+def _build_policy(recipe: Recipe) -> tuple[LoadedModel, Policy]:
+    """The model with its adapter and value head; exactly what is trained has gradients."""
+    loaded = load_model(recipe.model)
+    model: Any = loaded.model
+    if isinstance(model, PeftModel):
+        if recipe.lora is not None:
+            raise ConfigError("the model is an adapter already and training goes on with it; leave lora out")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(f".{model.active_adapter}." in name)
+        if "reference" not in model.peft_config:
+            add_reference_adapter(model)
+    elif recipe.lora is not None:
+        model = add_lora(model, recipe.lora, seed=recipe.seed)
+    else:
+        model.requires_grad_(True)
+        if next(model.parameters()).dtype != torch.float32:
+            logger.warning("all weights are trained in %s: small updates are lost to rounding; set model.dtype to float32", model.dtype)
+    head = None
+    if recipe.algorithm.needs_value_head:
+        text_config = loaded.model.config.get_text_config()
+        head = ValueHead(text_config.hidden_size).to(next(model.parameters()).device)
+    return replace(loaded, model=model), Policy(model, value_head=head)
+
+
+def _source_and_settings(data: Any) -> tuple[Any, DataConfig | None]:
+    """Readers take the data itself, or its configuration."""
+    if isinstance(data, DataConfig):
+        return data, data
+    if isinstance(data, (str, Path)):
+        config = DataConfig(path=str(data))
+        return config, config
+    return data, None
+

@@ -1,0 +1,1 @@
+"""Prompts and demonstrations from files, data sets and Python lists. Start at ``prompts`` and ``demonstrations``."""

@@ -1,0 +1,231 @@
+"""Demonstrations: texts to imitate, as a prompt that is read and a completion that is learned.
+
+Token ids are those of TRL's ``SFTTrainer`` for the same records: the joint text is encoded in one piece, and the
+completion begins where it departs from the encoded prompt.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tropism.data.columns import as_chat, choose_column, end_of_words, prompt_value, text_or_messages
+from tropism.data.config import DataConfig
+from tropism.data.encoding import encode_chat, encode_text, eos_id, render_chat
+from tropism.data.readers import Record, locate_records
+from tropism.errors import DataError
+from tropism.types import DemonstrationBatch, Messages, pad_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstration:
+    """One text to imitate. ``[bos] Good film [eos]`` with the prompt "Good" is ``(bos, Good)`` and ``(film, eos)``."""
+
+    prompt_ids: tuple[int, ...]
+    """Token ids that are read only; never empty."""
+    completion_ids: tuple[int, ...]
+    """Token ids that follow; never empty."""
+    loss_mask: tuple[bool, ...]
+    """Which completion tokens are learned; as long as ``completion_ids``."""
+
+
+def make_demonstrations(
+    source: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig | None = None,
+    *,
+    max_length: int | None,
+    completion_only: bool = True,
+) -> list[Demonstration]:
+    """Demonstrations from texts, prompts with completions, or chats that end with the assistant's answer.
+
+    Plain text is learned from its first token on, after the BOS if there is one; with ``first_words`` from the word
+    after those. Of a chat the last answer is learned. One eos ends every plain text; the chat template ends chats.
+
+    Args:
+        source: ``DataConfig`` or anything else that ``read_records`` takes.
+        tokenizer: of the model.
+        config: how records become text; default: ``source`` itself, if it is a ``DataConfig``.
+        max_length: most tokens; what is longer loses its end (and has no eos then), and is left out where nothing to
+            learn remains. None: any length.
+        completion_only: False learns the prompt as well, all but its first token.
+
+    Raises:
+        DataError: names the file and line or the record.
+    """
+    if config is None and isinstance(source, DataConfig):
+        config = source
+    records = locate_records(source)
+    layout = _layout(records, config)
+    demonstrations: list[Demonstration] = []
+    too_short = too_long = merged = endless = 0
+    for record in records:
+        if config is not None and len(demonstrations) == config.limit:
+            break
+        texts = _texts(record, layout, config)
+        if texts is None:
+            too_short += 1
+            continue
+        ids, start, clean = _encode(tokenizer, *texts, where=record.where)
+        merged += not clean
+        endless += tokenizer.eos_token_id not in ids[start:]
+        start = start if completion_only else 1
+        if max_length is not None and start >= max_length:
+            too_long += 1
+            continue
+        completion = tuple(ids[start:max_length])
+        prompt = tuple(ids[:start])
+        mask = (True,) * len(completion)
+        demonstrations.append(Demonstration(prompt_ids=prompt, completion_ids=completion, loss_mask=mask))
+    _report(too_short=too_short, too_long=too_long, merged=merged, endless=endless)
+    if not demonstrations:
+        raise DataError(
+            f"none of the {len(records)} records is left: {too_short} have too few words for first_words, the prompts"
+            f" of {too_long} fill max_length ({max_length}) alone"
+        )
+    return demonstrations
+
+
+def _report(*, too_short: int, too_long: int, merged: int, endless: int) -> None:
+    if too_short:
+        logger.info("skipped %d texts with too few words for first_words", too_short)
+    if too_long:
+        logger.warning("left out %d demonstrations whose prompt alone fills max_length", too_long)
+    if merged:
+        logger.warning(
+            "in %d demonstrations the prompt's last token merges with the completion's first, so the completion begins"
+            " one token earlier than at sampling; end prompts at a word and begin completions with the space",
+            merged,
+        )
+    if endless:
+        logger.warning(
+            "the chat template ends %d answers without the tokenizer's eos, so the model does not learn to stop there",
+            endless,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """Columns of the records: (prompt, completion), or (text or messages, None). Prompt is None with a template."""
+
+    prompt: str | None
+    completion: str | None
+
+
+def _layout(records: Sequence[Record], config: DataConfig | None) -> _Layout:
+    completion = config.completion_column if config else None
+    if completion is None and any("completion" in record.columns for record in records):
+        completion = "completion"
+    if config is not None and config.template is not None:
+        return _Layout(prompt=None, completion=completion)
+    prompt = config.prompt_column if config else None
+    if prompt is None:
+        preferred = ("messages", "text") if completion is None else ("prompt", "messages", "text")
+        prompt = choose_column(records, preferred, but=completion)
+    if completion is not None and config is not None and config.first_words is not None:
+        raise DataError("first_words parts plain texts, but the records have completions of their own; leave it out")
+    return _Layout(prompt=prompt, completion=completion)
+
+
+def _texts(
+    record: Record, layout: _Layout, config: DataConfig | None
+) -> tuple[str, str] | tuple[Messages, Messages] | None:
+    """Prompt and completion, as text or as messages; None where ``first_words`` leaves nothing to learn."""
+    prompt = prompt_value(record, layout.prompt, config)
+    if layout.completion is not None:
+        completion = text_or_messages(record, layout.completion)
+        prompt = as_chat(prompt, config)
+        if isinstance(prompt, str):
+            if isinstance(completion, str):
+                return prompt, completion
+            raise DataError(f"{record.where}: the prompt is text but the completion is messages; set chat: true")
+        if isinstance(completion, str):
+            completion = [{"role": "assistant", "content": completion}]
+        return prompt, completion
+    if isinstance(prompt, str):
+        if config is not None and config.chat:
+            raise DataError(f"{record.where}: chat needs the answer as well; name its column in completion_column")
+        return _parted(prompt, config)
+    if prompt[-1]["role"] != "assistant" or len(prompt) < 2:
+        raise DataError(f"{record.where}: the chat must end with an assistant message after at least one other")
+    chat = as_chat(prompt[:-1], config)
+    assert not isinstance(chat, str)
+    return chat, prompt[-1:]
+
+
+def _parted(text: str, config: DataConfig | None) -> tuple[str, str] | None:
+    as_chat(text, config)  # refuses a system prompt for plain text
+    if config is None or config.first_words is None:
+        return "", text
+    end = end_of_words(text, config.first_words)
+    if end is None or not text[end:].strip():
+        return None
+    return text[:end], text[end:]
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, completion: str | Messages, *, where: str
+) -> tuple[list[int], int, bool]:
+    """Ids of the whole, where the completion begins (at least 1), and whether it begins where the prompt's ids end."""
+    if isinstance(prompt, str) and isinstance(completion, str):
+        ids = encode_text(tokenizer, prompt + completion)
+        prompt_ids = encode_text(tokenizer, prompt)
+        eos = eos_id(tokenizer)
+        # A completion that spells the eos out has it already; the last id alone does not say so where bos == eos.
+        if not (completion.endswith(str(tokenizer.eos_token)) and ids and ids[-1] == eos):
+            ids.append(eos)
+    else:
+        assert isinstance(prompt, list) and isinstance(completion, list)
+        ids = encode_chat(tokenizer, prompt + completion, where=where, add_generation_prompt=False)
+        prompt_ids = encode_chat(tokenizer, prompt, where=where, add_generation_prompt=True)
+    common = _common_length(prompt_ids, ids)
+    clean = common == len(prompt_ids)
+    if not clean and isinstance(prompt, list) and isinstance(completion, list):
+        _check_prefix(tokenizer, prompt, prompt + completion, where)
+    start = max(common, 1)
+    if len(ids) <= start:
+        raise DataError(f"{where}: there is nothing to learn; the completion is empty")
+    return ids, start, clean
+
+
+def _common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many items two sequences share at their beginning."""
+    for index, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return index
+    return min(len(first), len(second))
+
+
+def _check_prefix(tokenizer: PreTrainedTokenizerBase, prompt: Messages, whole: Messages, where: str) -> None:
+    """Refuses a template whose text of the prompt alone is not how its text of the whole chat begins."""
+    opening = render_chat(tokenizer, prompt, where=where, add_generation_prompt=True)
+    text = render_chat(tokenizer, whole, where=where, add_generation_prompt=False)
+    if not text.startswith(opening):
+        rest = opening[_common_length(opening, text) :]
+        raise DataError(
+            f"{where}: the chat template ends the prompt alone with {rest[:60]!r}, which the chat with its"
+            " answer does not have there, so what is learned would differ from what is sampled; use a template without"
+            " that difference, or give prompt and completion as text"
+        )
+
+
+def collate_demonstrations(items: Sequence[Demonstration]) -> DemonstrationBatch:
+    """A batch of demonstrations: prompts padded on the left, completions on the right; ``[B, P]`` and ``[B, T]``."""
+    if not items:
+        raise ValueError("no demonstrations to collate")
+    return DemonstrationBatch(
+        prompt_ids=pad_rows([item.prompt_ids for item in items], left=True),
+        prompt_lengths=torch.tensor([len(item.prompt_ids) for item in items]),
+        completion_ids=pad_rows([item.completion_ids for item in items]),
+        completion_lengths=torch.tensor([len(item.completion_ids) for item in items]),
+        loss_mask=pad_rows([item.loss_mask for item in items], value=False, dtype=torch.bool),
+    )

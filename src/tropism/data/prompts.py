@@ -1,0 +1,114 @@
+"""Prompts to sample completions of."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Literal
+
+from tropism.data.columns import as_chat, choose_column, end_of_words, other_columns, prompt_value
+from tropism.data.config import DataConfig
+from tropism.data.encoding import encode_chat, encode_text
+from tropism.data.readers import locate_records
+from tropism.errors import DataError
+from tropism.types import Messages, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+PROMPT_COLUMNS = ("prompt", "messages", "text")
+"""Columns taken for the prompt, in order of preference, where the settings name none."""
+
+
+def make_prompts(
+    source: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig | None = None,
+    *,
+    max_length: int | None = None,
+    overlong: Literal["error", "truncate_left"] = "error",
+) -> list[Prompt]:
+    """Prompts with their token ids; every column but the prompt's travels along for the reward.
+
+    Text is encoded as the tokenizer does it, with exactly one BOS if it adds one and nothing appended. Chat messages go
+    through the chat template, up to the header of the assistant's answer. An empty text becomes the BOS alone.
+
+    Args:
+        source: ``DataConfig`` or anything else that ``read_records`` takes.
+        tokenizer: of the model.
+        config: how records become prompts; default: ``source`` itself, if it is a ``DataConfig``.
+        max_length: most tokens a prompt may have (the model's context less the tokens to be sampled).
+        overlong: a longer prompt is an error, or loses tokens on the left but for its BOS. ``Prompt.text`` stays whole.
+
+    Raises:
+        DataError: names the file and line or the record.
+    """
+    if config is None and isinstance(source, DataConfig):
+        config = source
+    records = locate_records(source)
+    words = config.first_words if config else None
+    column: str | None = None
+    if config is None or config.template is None:
+        column = (config.prompt_column if config else None) or choose_column(records, PROMPT_COLUMNS)
+    prompts: list[Prompt] = []
+    skipped = truncated = 0
+    for record, columns in zip(records, other_columns(records, column), strict=True):
+        if config is not None and len(prompts) == config.limit:
+            break
+        value = prompt_value(record, column, config)
+        if words is not None:
+            opening = _opening(value, words, record.where)
+            if opening is None:
+                skipped += 1
+                continue
+            value = opening
+        value = as_chat(value, config)
+        ids = _encode(tokenizer, value, record.where)
+        if max_length is not None and len(ids) > max_length:
+            truncated += 1
+            ids = _shorten(ids, max_length, overlong, tokenizer.bos_token_id, record.where)
+        prompts.append(Prompt(text=value, ids=tuple(ids), columns=columns))
+    if skipped:
+        logger.info("skipped %d texts of fewer than %s words", skipped, words)
+    if truncated:
+        logger.warning("%d prompts were longer than %s tokens and lost their beginning", truncated, max_length)
+    if not prompts:
+        raise DataError(f"none of the {len(records)} texts has {words} words; lower first_words")
+    return prompts
+
+
+def _opening(value: str | Messages, words: int, where: str) -> str | None:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: first_words is for plain text, but the prompt is a list of chat messages")
+    end = end_of_words(value, words)
+    return None if end is None else value[:end]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, value: str | Messages, where: str) -> list[int]:
+    if not isinstance(value, str):
+        if value[-1]["role"] == "assistant":
+            raise DataError(
+                f"{where}: the chat ends with the assistant's answer, so there is nothing to complete; leave the last"
+                " message out, or name another column in prompt_column"
+            )
+        return encode_chat(tokenizer, value, where=where, add_generation_prompt=True)
+    ids = encode_text(tokenizer, value)
+    if ids:
+        return ids
+    if tokenizer.bos_token_id is None:
+        raise DataError(f"{where}: the prompt {value!r} is empty and the tokenizer has no BOS to begin with; remove it")
+    return [tokenizer.bos_token_id]
+
+
+def _shorten(ids: list[int], max_length: int, overlong: str, bos: int | None, where: str) -> list[int]:
+    if overlong != "truncate_left":
+        raise DataError(
+            f"{where}: the prompt has {len(ids)} tokens, but at most {max_length} fit beside the completion; shorten"
+            " it, sample fewer tokens, or truncate prompts from the left"
+        )
+    if max_length < 1:
+        raise DataError(f"{where}: no prompt fits into {max_length} tokens; sample fewer tokens")
+    if ids[0] == bos:
+        return [ids[0], *ids[len(ids) - max_length + 1 :]]
+    return ids[len(ids) - max_length :]

@@ -1,0 +1,216 @@
+"""Reading a run folder: what training wrote, as plain Python and NumPy values.
+
+A run in progress is readable: a file that is not there yet is empty here, and a last line of ``metrics.jsonl`` that
+is still being written is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tropism.errors import DataError
+
+_EVALUATION_FILE = re.compile(r"step-(\d+)\.parquet")
+_COLUMNS = ("prompt", "completion", "reward", "length", "sequence_kl", "finish_reason")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One evaluation on the N held-out prompts. All columns have N entries, in the order of the prompts."""
+
+    step: int
+    """Step after which the policy was evaluated; 0 is the model before training."""
+    prompts: list[str]
+    completions: list[str]
+    rewards: NDArray[np.float64]
+    """[N] NaN where unscored."""
+    lengths: NDArray[np.float64]
+    """[N] completion tokens."""
+    sequence_kl: NDArray[np.float64]
+    """[N] nats: sum over completion tokens of the log-ratio to the reference (k1); NaN where not measured."""
+    finish_reasons: list[str]
+    terms: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    """Raw value of each reward term, [N] each, NaN where it had no opinion."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """What a run folder holds."""
+
+    folder: Path
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of ``metrics.jsonl`` in order."""
+    evaluations: list[Evaluation] = field(default_factory=list)
+    """Ordered by step."""
+    recipe: str = ""
+    """Text of ``recipe.yaml``."""
+    warnings: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of ``warnings.jsonl``: step and message."""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    """``environment.json``: versions, device, threads."""
+    skipped: list[str] = field(default_factory=list)
+    """One sentence for each evaluation file that could not be read."""
+
+    @classmethod
+    def read(cls, folder: str | Path) -> RunData:
+        """Read a run folder, finished or in progress.
+
+        Args:
+            folder: the folder that training wrote, such as ``runs/warm``.
+
+        Returns:
+            Everything in it but the weights and the rollouts.
+
+        Raises:
+            DataError: it is no run folder, or a file in it is malformed (the file and line are named).
+        """
+        path = Path(folder)
+        _check_run_folder(path)
+        evaluations, skipped = _read_evaluations(path / "evaluations")
+        return cls(
+            folder=path,
+            metrics=_read_lines(path / "metrics.jsonl"),
+            evaluations=evaluations,
+            recipe=_read_text(path / "recipe.yaml"),
+            warnings=_read_lines(path / "warnings.jsonl"),
+            environment=_read_object(path / "environment.json"),
+            skipped=skipped,
+        )
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint: the last ``best/step`` that the metrics record, if any."""
+        recorded = [line["best/step"] for line in self.metrics if _finite(line.get("best/step"))]
+        return int(recorded[-1]) if recorded else None
+
+    def names(self, kinds: Sequence[str] = ("update", "collect")) -> list[str]:
+        """Names of the metrics (those with a slash) that lines of these kinds hold, in alphabetical order."""
+        lines = (line for line in self.metrics if line.get("kind") in kinds)
+        return sorted({name for line in lines for name, value in line.items() if "/" in name and _finite(value)})
+
+    def series(
+        self, name: str, kinds: Sequence[str] = ("update", "collect")
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """One metric over training: steps and values, [K] each.
+
+        The values of several updates of one step are averaged; missing and non-finite values are left out.
+        """
+        by_step: dict[float, list[float]] = {}
+        for line in self.metrics:
+            if line.get("kind") in kinds and _finite(line.get("step")) and _finite(line.get(name)):
+                by_step.setdefault(float(line["step"]), []).append(float(line[name]))
+        steps = sorted(by_step)
+        return np.array(steps, dtype=float), np.array([np.mean(by_step[step]) for step in steps], dtype=float)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _check_run_folder(path: Path) -> None:
+    if not path.exists():
+        raise DataError(f"there is no folder {str(path)!r}; give the folder of a run, such as runs/<name>")
+    if not path.is_dir():
+        raise DataError(f"{str(path)!r} is a file; give the folder of a run, such as runs/<name>")
+    if not any((path / name).exists() for name in ("recipe.yaml", "metrics.jsonl", "evaluations")):
+        raise DataError(
+            f"{str(path)!r} is no run folder: it has no recipe.yaml, metrics.jsonl or evaluations/; "
+            "give the folder that training wrote, such as runs/<name>"
+        )
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    text = _read_text(path)
+    if not text.strip():
+        return {}
+    return _parse(text, str(path))
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; a last line without its line break that does not parse is still being written."""
+    text = _read_text(path)
+    lines = text.split("\n")
+    objects = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            objects.append(_parse(line, f"{path}, line {number}"))
+        except DataError:
+            if number < len(lines):
+                raise
+    return objects
+
+
+def _read_evaluations(folder: Path) -> tuple[list[Evaluation], list[str]]:
+    if not folder.is_dir():
+        return [], []
+    found = [(match, path) for path in folder.iterdir() if (match := _EVALUATION_FILE.fullmatch(path.name))]
+    evaluations, skipped = [], []
+    for step, path in sorted((int(match.group(1)), path) for match, path in found):
+        columns = _read_parquet(path)
+        if columns is None:
+            skipped.append(f"{folder.name}/{path.name} is no readable Parquet file (cut off, or still being written).")
+        else:
+            evaluations.append(_evaluation(step, columns, path))
+    return evaluations, skipped
+
+
+def _read_parquet(path: Path) -> dict[str, list[Any]] | None:
+    """The columns of a Parquet file, or None if it is not a whole one."""
+    import pyarrow  # here, so that importing the package stays fast
+    import pyarrow.parquet
+
+    try:
+        columns: dict[str, list[Any]] = pyarrow.parquet.read_table(path).to_pydict()
+    except (pyarrow.ArrowInvalid, OSError):
+        return None
+    return columns
+
+
+def _evaluation(step: int, columns: Mapping[str, list[Any]], path: Path) -> Evaluation:
+    missing = [name for name in _COLUMNS if name not in columns]
+    if missing:
+        raise DataError(f"{path}: the column {missing[0]!r} is missing; it has {sorted(columns)}")
+    terms = {name.removeprefix("reward/"): _floats(columns[name]) for name in columns if name.startswith("reward/")}
+    return Evaluation(
+        step=step,
+        prompts=[str(value) for value in columns["prompt"]],
+        completions=[str(value) for value in columns["completion"]],
+        rewards=_floats(columns["reward"]),
+        lengths=_floats(columns["length"]),
+        sequence_kl=_floats(columns["sequence_kl"]),
+        finish_reasons=[str(value) for value in columns["finish_reason"]],
+        terms=terms,
+    )
+
+
+def _floats(values: Sequence[Any]) -> NDArray[np.float64]:
+    """[N] floats; a null is NaN."""
+    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)

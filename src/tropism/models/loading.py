@@ -1,0 +1,349 @@
+"""Loading causal language models: from a hub id, a folder, a LoRA adapter folder, a GGUF file or objects in memory.
+
+What comes out is always the same: a plain transformers model (or a PEFT model, for an adapter) in eval mode without any
+dropout, its tokenizer, and the special tokens as ids. Nothing in a model folder can run code or reach outside that
+folder unless ``trust_remote_code`` was given explicitly.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from peft import LoraConfig, PeftConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tropism.errors import ModelError
+from tropism.models.demo_model import demo_model_path
+from tropism.models.model_files import check_file_names, check_gguf_header, safe_config
+from tropism.models.modules import base_model, disable_dropout, with_weights, zero_dropout
+
+logger = logging.getLogger(__name__)
+
+DEMO = "demo"
+"""The name that stands for the demo model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which language model to load, and how."""
+
+    name: str
+    """A hub id, a local folder, a .gguf file, or the word "demo" (SmolLM2-135M-Instruct from a package)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights. auto: bfloat16 on CUDA devices that compute in it, float32 elsewhere. Training all weights of a
+    bfloat16 model loses small updates to rounding: choose float32 there; LoRA weights are float32 always."""
+    device: str = "auto"
+    """auto takes cuda, then mps, then cpu; or a name such as cpu or cuda:1."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; pin a commit to get the same weights every time."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's authors ship with the weights. Only ever set this by hand, in Python or on the
+    command line, for models whose code you have read."""
+    attention: str | None = None
+    """Attention implementation of transformers (eager, sdpa, flash_attention_2, ...); None lets it choose."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time. Takes effect where the model
+    is in train mode."""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ModelError('the model has no name; give a hub id, a folder, a .gguf file or "demo"')
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ModelError(f"dtype is {self.dtype!r}; choose auto, float32, bfloat16 or float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialTokens:
+    """Ids of the tokens with a meaning of their own."""
+
+    pad_id: int
+    """Fills up rows; its value never matters, as masks come from lengths. eos or 0 where the tokenizer has none."""
+    eos_ids: tuple[int, ...]
+    """Every id that ends a completion; empty where the model has none."""
+    bos_id: int | None = None
+    """Starts a text, where the tokenizer declares one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A language model ready for training or sampling."""
+
+    model: PreTrainedModel | PeftModel
+    """In eval mode, without dropout; a PeftModel where it was loaded from an adapter folder."""
+    tokenizer: PreTrainedTokenizerBase
+    tokens: SpecialTokens
+    source: str
+    """What it was loaded from; enough to load it again unless it came as objects."""
+
+
+ModelSource = str | Path | ModelConfig | LoadedModel | tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]
+"""Everything that ``load_model`` takes."""
+
+
+def load_model(source: ModelSource) -> LoadedModel:
+    """The model, tokenizer and special tokens of any kind of source.
+
+    Args:
+        source: a hub id, folder, .gguf file or "demo", as a string or in a ``ModelConfig``; a pair (model, tokenizer),
+            whose dropout is switched off in place and which otherwise stays as it is; or a ``LoadedModel``, returned
+            unchanged.
+
+    Raises:
+        ModelError: nothing usable is there, the model is no causal language model, or tokenizer and model do not fit.
+    """
+    if isinstance(source, LoadedModel):
+        return source
+    if isinstance(source, str | Path):
+        source = ModelConfig(name=str(source))
+    if isinstance(source, ModelConfig):
+        model, tokenizer = _load(source)
+        name = source.name
+    else:
+        model, tokenizer = _checked_pair(source)
+        name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+    disable_dropout(model)
+    model.eval()
+    return LoadedModel(model=model, tokenizer=tokenizer, tokens=special_tokens(model, tokenizer), source=name)
+
+
+def special_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
+    """Special tokens as tokenizer and generation config declare them; the embeddings are never resized for them.
+
+    Raises:
+        ModelError: the tokenizer knows ids that the model has no embedding for.
+    """
+    embeddings: Any = base_model(model).get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model has embeddings for {rows} only; "
+            "use the tokenizer that the model was trained with, or resize the model's embeddings and train them first"
+        )
+    eos: list[int] = []
+    generation = getattr(base_model(model), "generation_config", None)
+    for declared in (tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)):
+        ids = declared if isinstance(declared, list | tuple) else [declared]
+        eos.extend(int(i) for i in ids if i is not None and int(i) not in eos)
+    if not eos:
+        logger.warning("the model declares no eos token: completions end by their length limit or a stop string only")
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = eos[0] if eos else 0
+    bos = tokenizer.bos_token_id
+    return SpecialTokens(pad_id=int(pad), eos_ids=tuple(eos), bos_id=None if bos is None else int(bos))
+
+
+def _checked_pair(source: Any) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    match source:
+        case (PreTrainedModel() | PeftModel() as model, PreTrainedTokenizerBase() as tokenizer):
+            if base_model(model).config.is_encoder_decoder:
+                raise ModelError(f"{type(base_model(model)).__name__} is an encoder-decoder; a causal LM is needed")
+            return model, tokenizer
+    raise ModelError(
+        "a model is a hub id, a folder, a .gguf file, ModelConfig, LoadedModel or (model, tokenizer), "
+        f"not {source!r:.200}"
+    )
+
+
+def _load(config: ModelConfig) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    device = _device(config.device)
+    dtype = _dtype(config.dtype, device)
+    path = Path(config.name).expanduser()
+    model: PreTrainedModel | PeftModel
+    if config.name == DEMO:
+        model, tokenizer = _load_gguf(demo_model_path(), config, dtype)
+        model.config.name_or_path = DEMO
+    elif path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"there is no file {path}{_closest(path)}")
+        model, tokenizer = _load_gguf(path, config, dtype)
+    elif path.is_dir() and (path / "adapter_config.json").is_file():
+        return _load_adapter(path, config)
+    else:
+        model, tokenizer = _load_pretrained(_folder_or_hub_id(config.name, path), config, dtype)
+    model.config.use_cache = True
+    model.to(device)  # type: ignore[arg-type]
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, tokenizer
+
+
+def _folder_or_hub_id(name: str, path: Path) -> str:
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return str(path.resolve())
+        inside = path / "model"
+        found = sorted(path.glob("*.gguf"))
+        hint = f"; give the file: {found[0]}" if found else ""
+        hint = f"; its model is in {inside}" if (inside / "config.json").is_file() else hint
+        raise ModelError(
+            f"the folder {path} holds no config.json or adapter_config.json, so it is no model folder{hint}"
+        )
+    if path.exists():
+        raise ModelError(f"{path} is a file, but no .gguf file; give the model's folder")
+    is_hub_id = name.count("/") <= 1 and "\\" not in name and not name.startswith((".", "/", "~"))
+    if not is_hub_id or (path.parent.is_dir() and path.parent != Path(".")):
+        raise ModelError(f"there is no folder {path}{_closest(path)}")
+    return name
+
+
+def _load_pretrained(
+    source: str, config: ModelConfig, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:
+        if config.trust_remote_code:
+            details = AutoConfig.from_pretrained(source, **where)
+        else:
+            details = safe_config(source, revision=config.revision)
+        _check_causal(details, source)
+        check_file_names(source, revision=config.revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, config=details, **where)
+        zero_dropout(details)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=details,
+            dtype=dtype,
+            output_loading_info=True,
+            **where,
+            **_attention(config),
+        )
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(_load_failure(source, error)) from error
+    model, info = loaded
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:5])
+        raise ModelError(
+            f"{source} does not hold all weights of a {type(model).__name__}: {missing} would be random; "
+            "give a folder that was saved from a causal language model"
+        )
+    return model, tokenizer
+
+
+def _check_causal(details: PreTrainedConfig, source: str) -> None:
+    if details.is_encoder_decoder:
+        raise ModelError(f"{source} is an encoder-decoder ({details.model_type}); a causal LM is needed")
+    for kind in details.architectures or []:
+        if kind.endswith(("ForMaskedLM", "Classification", "ForQuestionAnswering")):
+            raise ModelError(f"{source} is a {kind}; a causal LM is needed")
+
+
+def _load_failure(source: str, error: Exception) -> str:
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    if Path(source).is_dir():
+        return f"the model folder {source} cannot be loaded: {reason}"
+    if "trust_remote_code" in reason:
+        return f"{source} needs code from its authors to load ({reason}); pass trust_remote_code=True if you trust it"
+    return (
+        f"{source} is no local folder, and loading it from the hub failed: {reason}\n"
+        "With network access, check the id (and unset HF_HUB_OFFLINE; `hf auth login` for a private model). "
+        'Without, give a local model folder, a .gguf file, or "demo" for the model that comes in a package.'
+    )
+
+
+def _load_gguf(path: Path, config: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A GGUF file as a plain model. transformers refuses to save what it read from GGUF, so the model is rebuilt."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise ModelError('reading GGUF files needs the package gguf; pip install "tropism[gguf]"') from None
+    path = path.resolve()
+    check_gguf_header(path)
+    options: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+    # Recent releases keep the weights packed on devices that have a kernel for that, which cannot be trained.
+    quantization = getattr(transformers, "GgufConfig", None)
+    packed = {} if quantization is None else {"quantization_config": quantization(dequantize=True)}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), dtype=dtype, **options, **packed, **_attention(config)
+        )
+    except (Exception, RecursionError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ModelError(f"the GGUF file {path} cannot be loaded: {reason}") from error
+    zero_dropout(model.config)
+    plain = with_weights(model, model.state_dict())
+    plain.config.name_or_path = str(path)
+    return plain, tokenizer
+
+
+def _load_adapter(folder: Path, config: ModelConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """A LoRA adapter on its base model; the adapter is trainable, and training goes on from it."""
+    try:
+        adapter = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:
+        raise ModelError(f"{folder / 'adapter_config.json'} cannot be read: {error}") from error
+    if not isinstance(adapter, LoraConfig) or adapter.modules_to_save:
+        raise ModelError(
+            f"{folder} holds more than a LoRA adapter; merge it into its base with PEFT's merge_and_unload() and give "
+            "the merged folder"
+        )
+    if not adapter.base_model_name_or_path:
+        raise ModelError(f"{folder / 'adapter_config.json'} does not name base_model_name_or_path; add it")
+    base, tokenizer = _load(replace(config, name=adapter.base_model_name_or_path))
+    if isinstance(base, PeftModel):
+        raise ModelError(f"the base model of the adapter {folder} is an adapter itself; merge that one first")
+    try:
+        model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+        if (folder / "tokenizer_config.json").is_file():
+            check_file_names(str(folder), revision=None)
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"the adapter {folder} does not load on {adapter.base_model_name_or_path}: {error}") from error
+    return model, tokenizer
+
+
+def _attention(config: ModelConfig) -> dict[str, str]:
+    return {} if config.attention is None else {"attn_implementation": config.attention}
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"device is {name!r}; choose auto, cpu, cuda, cuda:N or mps") from None
+    missing = (device.type == "cuda" and not torch.cuda.is_available()) or (
+        device.type == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing:
+        raise ModelError(f"device is {name!r}, but PyTorch finds no such device here; choose auto or cpu")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        dtype = getattr(torch, name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    fast_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast_bfloat16 else torch.float32
+
+
+def _closest(path: Path) -> str:
+    """A hint that names the most similar neighbour of a path that does not exist."""
+    if not path.parent.is_dir():
+        return f" (nor a folder {path.parent})"
+    names = [entry.name for entry in path.parent.iterdir() if entry.is_dir() or entry.suffix == ".gguf"]
+    close = get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f"; the closest is {path.parent / close[0]}" if close else ""

@@ -1,0 +1,132 @@
+"""Low-rank adapters: which layers get one, how it starts, and the frozen second adapter that serves as reference."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tropism.errors import ModelError
+
+REFERENCE_ADAPTER = "reference"
+"""Name of the frozen copy that ``add_reference_adapter`` makes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """A low-rank adapter: W x becomes W x + (alpha / rank) B A x with B = 0 at first (https://arxiv.org/abs/2106.09685).
+
+    It has no dropout: ratios and KL compare log-probs of different forward passes, which dropout would make differ on
+    equal weights.
+    """
+
+    rank: int = 16
+    """Rows of A and columns of B."""
+    alpha: float | None = None
+    """Scale numerator; None is 2 * rank."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Which linear layers: "all-linear" (every one but the output embedding, whatever the family calls it), or names
+    such as ("q_proj", "v_proj") that end a layer's full name."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ModelError(f"LoRA rank is {self.rank}; it must be at least 1")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ModelError(f"LoRA alpha is {self.alpha}; it must be positive (None takes 2 * rank)")
+        if not self.targets:
+            raise ModelError('LoRA targets are empty; name linear layers or leave "all-linear"')
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, what the product B A x is multiplied by."""
+        return 2.0 if self.alpha is None else self.alpha / self.rank
+
+
+def add_lora(model: PreTrainedModel, lora: LoRA, *, seed: int) -> PeftModel:
+    """``model`` with a fresh trainable adapter around its linear layers; everything else is frozen.
+
+    The adapter starts as exactly nothing (B = 0), so the outputs are those of ``model`` bit for bit. Its weights are
+    float32 whatever the model's dtype, and depend on ``seed`` alone: the global random state is neither read nor moved.
+
+    Raises:
+        ModelError: a target names no linear layer, or the model has an adapter already.
+    """
+    if isinstance(model, PeftModel):
+        raise ModelError("the model has an adapter already, and training goes on with it; leave lora out")
+    targets = _target_layers(model, lora.targets)
+    transposed = {isinstance(model.get_submodule(name), Conv1D) for name in targets}
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.scale * lora.rank,  # type: ignore[arg-type]
+        lora_dropout=0.0,
+        target_modules=targets,
+        fan_in_fan_out=True in transposed,
+    )
+    # PEFT draws on the CPU from the global generator and moves the result to the layer's device.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        adapted = get_peft_model(model, config)
+    assert isinstance(adapted, PeftModel)
+    return adapted.eval()
+
+
+def add_reference_adapter(model: PeftModel) -> None:
+    """Add a frozen copy of the active adapter under the name "reference"; the active adapter stays as it is.
+
+    Needed where training starts from an adapter: switching adapters off would give the base model, which is not what
+    training started from.
+
+    Raises:
+        ModelError: the model has an adapter of that name already.
+    """
+    active = model.active_adapter
+    if REFERENCE_ADAPTER in model.peft_config:
+        raise ModelError(f"the model has an adapter named {REFERENCE_ADAPTER!r} already")
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with torch.random.fork_rng(devices=[]):
+        model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config[active]))
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if f".{REFERENCE_ADAPTER}." in name:
+                parameter.copy_(parameters[name.replace(f".{REFERENCE_ADAPTER}.", f".{active}.")])
+    model.set_adapter(active)
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in trainable)
+    model.eval()
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """Full names of the model's linear layers (``nn.Linear``, and GPT-2's ``Conv1D``) without the output embedding."""
+    output = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not output and name
+    ]
+
+
+def _target_layers(model: PreTrainedModel, targets: str | tuple[str, ...]) -> list[str]:
+    layers = linear_layers(model)
+    if targets == "all-linear":
+        return layers
+    chosen: set[str] = set()
+    for target in (targets,) if isinstance(targets, str) else targets:
+        matches = [name for name in layers if name == target or name.endswith(f".{target}")]
+        if not matches:
+            known = sorted({name.rsplit(".", 1)[-1] for name in layers})
+            close = get_close_matches(target, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ModelError(
+                f"LoRA target {target!r} is no linear layer of {type(model).__name__}, "
+                f"which has {', '.join(known)} (the output embedding gets no adapter){hint}"
+            )
+        chosen.update(matches)
+    return [name for name in layers if name in chosen]

@@ -1,0 +1,56 @@
+"""What is done to a model in memory: unwrapping it, switching dropout off, giving it other weights."""
+
+from __future__ import annotations
+
+from accelerate import init_empty_weights
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+
+def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model inside an adapter model, or the model itself."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(inner, PreTrainedModel)
+    return inner
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Switch off every dropout of ``model`` in place: layers, functional dropout, layer drop, and its configuration.
+
+    Ratios and KL compare log-probs of different forward passes; dropout would make them differ on equal weights.
+    """
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or (name == "p" and "Dropout" in type(module).__name__)):
+                setattr(module, name, 0.0)
+    config = getattr(model, "config", None)
+    if isinstance(config, PreTrainedConfig):
+        zero_dropout(config)
+
+
+def zero_dropout(config: PreTrainedConfig) -> None:
+    """Set every dropout rate of ``config`` and its sub-configurations to 0, in place."""
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            zero_dropout(value)
+        elif isinstance(value, float) and "drop" in name:
+            setattr(config, name, 0.0)
+
+
+def with_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> PreTrainedModel:
+    """A new plain model of the same class and configuration that holds ``weights`` themselves, not copies of them."""
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.name_or_path = model.config.name_or_path
+    for attribute in ("quantization_config", "distributed_config"):
+        if hasattr(config, attribute):
+            delattr(config, attribute)
+    config._attn_implementation = model.config._attn_implementation
+    # Buffers are computed by the constructor (rotary frequencies and the like); only parameters are left out.
+    with init_empty_weights(include_buffers=False):
+        plain = type(model)(config)
+    plain.load_state_dict(weights, assign=True)
+    plain.tie_weights()
+    plain.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
+    plain.eval()
+    return plain

@@ -1,0 +1,281 @@
+"""The policy: a causal language model, with an optional value head, that answers per completion token."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tropism.errors import ModelError
+from tropism.models.heads import ValueHead
+from tropism.ops import entropy as entropy_of
+from tropism.ops import token_logprobs
+
+Padding = Literal["right", "left", "both"]
+Wanted = Literal["logprobs", "entropy", "values", "bootstrap_values"]
+PROBE_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyOutput:
+    """What ``Policy.forward`` was asked for, at completion positions; the rest is None."""
+
+    logprobs: Tensor | None = None
+    """[B, T] of the completion tokens; 0 where not asked for."""
+    entropy: Tensor | None = None
+    """[B, T] of the distribution that predicts token t."""
+    values: Tensor | None = None
+    """[B, T] value before token t."""
+    bootstrap_values: Tensor | None = None
+    """[B] value after the last completion token."""
+
+    def need(self, name: Wanted) -> Tensor:
+        """The tensor of that name; it must have been asked for."""
+        value = getattr(self, name)
+        assert value is not None, f"{name} was not in want"
+        return value  # type: ignore[no-any-return]
+
+
+def join(
+    prompt_ids: Tensor, prompt_lengths: Tensor, completion_ids: Tensor, completion_lengths: Tensor, *, padding: Padding
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Prompts and completions as one row each.
+
+    A prompt is padded on its left and a completion on its right, so the real tokens of a row already lie side by side
+    once the two are concatenated; only the row's offset is chosen here. Results must not depend on it (a test says so).
+
+    Args:
+        padding: where the pads of the joined rows go; "both" keeps them where they are.
+
+    Returns:
+        ids, attention mask (bool) and positions, each [B, L], and the column of each row's first completion token [B].
+        Positions count real tokens from 0; pads have position 0.
+    """
+    wide, total = prompt_ids.shape[1], prompt_lengths + completion_lengths
+    ids = torch.cat([prompt_ids, completion_ids], dim=1)
+    width = ids.shape[1] if padding == "both" else int(total.max())
+    first_real = {"right": torch.zeros_like(total), "left": width - total, "both": wide - prompt_lengths}[padding]
+    columns = torch.arange(width, device=ids.device)[None, :]
+    source = columns - first_real[:, None] + (wide - prompt_lengths)[:, None]
+    mask = (columns >= first_real[:, None]) & (columns < (first_real + total)[:, None])
+    ids = ids.gather(1, source.clamp(0, ids.shape[1] - 1))
+    positions = (columns - first_real[:, None]).clamp(min=0) * mask
+    return ids, mask, positions, first_real + prompt_lengths
+
+
+class Policy(nn.Module):
+    """A causal LM and its optional value head behind one ``forward``, so that DDP and FSDP can wrap both.
+
+    Args:
+        model: a Hugging Face causal LM, or a PEFT model around one.
+        value_head: None where the method has no critic.
+        chunk_size: completion tokens per pass through the vocabulary projection. Logits of more tokens than this never
+            exist at once; with gradients the chunks are recomputed in the backward pass.
+
+    Raises:
+        ModelError: the family computes its logits in a way that cannot be reproduced from its hidden states.
+    """
+
+    def __init__(self, model: nn.Module, *, value_head: ValueHead | None = None, chunk_size: int = 1024) -> None:
+        super().__init__()
+        self.model = model
+        self.value_head = value_head
+        self.chunk_size = chunk_size
+        self.padding: Padding = "right"
+        parameters = inspect.signature(self.body.forward).parameters
+        self.takes_positions = "position_ids" in parameters
+        self._check_family()
+
+    @property
+    def language_model(self) -> Any:
+        """The causal LM itself, without its PEFT wrapper (whose layers stay active inside it)."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    @property
+    def body(self) -> Any:
+        """The transformer below the vocabulary projection."""
+        return self.language_model.base_model
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face configuration of the language model."""
+        return self.language_model.config.get_text_config()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the language model's weights (an adapter's are float32 always)."""
+        return self.language_model.dtype  # type: ignore[no-any-return]
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens a row may have, or None where the architecture sets no limit (ALiBi)."""
+        length = getattr(self.config, "max_position_embeddings", None)
+        return int(length) if length else None
+
+    def hidden_states(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any = None) -> Tensor:
+        """[B, L] ids -> [B, L, H], the input of the vocabulary projection; ``mask`` covers the cache too."""
+        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": cache is not None}
+        if self.takes_positions:
+            arguments["position_ids"] = positions
+        if cache is not None:
+            arguments["past_key_values"] = cache
+        return self.body(**arguments).last_hidden_state  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., V] as the model itself computes them, scaling and soft-capping included."""
+        logits = self.language_model.get_output_embeddings()(hidden)
+        if scale := getattr(self.config, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if divisor := getattr(self.config, "logits_scaling", None):  # Granite
+            logits = logits / divisor
+        if cap := getattr(self.config, "final_logit_softcapping", None):  # Gemma
+            logits = cap * torch.tanh(logits / cap)
+        return logits  # type: ignore[no-any-return]
+
+    def forward(
+        self,
+        prompt_ids: Tensor,
+        prompt_lengths: Tensor,
+        completion_ids: Tensor,
+        completion_lengths: Tensor,
+        *,
+        mask: Tensor | None = None,
+        temperature: float = 1.0,
+        want: Collection[Wanted] = frozenset({"logprobs"}),
+        entropy_gradient: bool = False,
+    ) -> PolicyOutput:
+        """Only what is wanted, at the completion tokens in ``mask`` (default: all real ones).
+
+        Args:
+            prompt_ids: [B, P] padded on the left. prompt_lengths: [B], at least 1.
+            completion_ids: [B, T] padded on the right. completion_lengths: [B].
+            mask: [B, T] bool; log-probs and entropy are computed at these tokens alone.
+            temperature: logits are divided by it.
+            want: any of logprobs, entropy, values, bootstrap_values.
+            entropy_gradient: whether the entropy is trained (an entropy bonus) or only logged.
+        """
+        ids, attention, positions, first = join(
+            prompt_ids, prompt_lengths, completion_ids, completion_lengths, padding=self.padding
+        )
+        hidden = self.hidden_states(ids, attention, positions)
+        width = completion_ids.shape[1]
+        real = torch.arange(width, device=ids.device)[None, :] < completion_lengths[:, None]
+        chosen = real if mask is None else mask & real
+        rows, tokens = torch.nonzero(chosen, as_tuple=True)
+        # The one shift of the library: the hidden state one column earlier predicts the token.
+        at_tokens = hidden[rows, first[rows] + tokens - 1]
+        output: dict[str, Tensor] = {}
+
+        def spread(flat: Tensor) -> Tensor:
+            return torch.zeros(chosen.shape, dtype=flat.dtype, device=flat.device).index_put((rows, tokens), flat)
+
+        if "logprobs" in want or "entropy" in want:
+            logprobs, entropies = self._vocabulary(
+                at_tokens, completion_ids[rows, tokens], temperature, "entropy" in want, entropy_gradient
+            )
+            output["logprobs"] = spread(logprobs)
+            if "entropy" in want:
+                output["entropy"] = spread(entropies)
+        if "values" in want:
+            output["values"] = spread(self._values(at_tokens))
+        if "bootstrap_values" in want:
+            after = first + completion_lengths - 1
+            output["bootstrap_values"] = self._values(hidden[torch.arange(len(ids), device=ids.device), after])
+        return PolicyOutput(**output)
+
+    def _values(self, hidden: Tensor) -> Tensor:
+        if self.value_head is None:
+            raise ModelError("values were asked of a policy without a value head; build it with value_head=ValueHead(...)")
+        return self.value_head(hidden)  # type: ignore[no-any-return]
+
+    def _vocabulary(
+        self, hidden: Tensor, ids: Tensor, temperature: float, with_entropy: bool, entropy_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs of ``ids`` [N] and entropies [N] from hidden states [N, H], chunk by chunk."""
+
+        def chunk(part: Tensor, part_ids: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self.logits(part)
+            logprobs = token_logprobs(logits, part_ids, temperature=temperature)
+            if not with_entropy:
+                return logprobs, logprobs
+            with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
+                source = logits if entropy_gradient else logits.detach()
+                return logprobs, entropy_of(source, temperature=temperature)
+
+        if len(hidden) <= self.chunk_size:
+            return chunk(hidden, ids)
+        parts = []
+        for part, part_ids in zip(hidden.split(self.chunk_size), ids.split(self.chunk_size), strict=True):
+            if torch.is_grad_enabled():
+                parts.append(checkpoint(chunk, part, part_ids, use_reentrant=False))
+            else:
+                parts.append(chunk(part, part_ids))
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    @torch.no_grad()
+    def _check_family(self) -> None:
+        """Compare our logits with the model's own on two tokens, so that an unknown family fails here and not in training."""
+        ids = torch.tensor([[1, 0]], device=self.device)
+        mask, positions = torch.ones_like(ids, dtype=torch.bool), torch.arange(2, device=self.device)[None]
+        try:
+            own = self.language_model(input_ids=ids, attention_mask=mask.long()).logits.float()
+            ours = self.logits(self.hidden_states(ids, mask, positions)).float()
+        except Exception as error:
+            family = type(self.language_model).__name__
+            raise ModelError(f"{family} cannot be used: a forward pass over two tokens failed: {error}") from error
+        scale = own.abs().max().clamp(min=1.0)
+        if own.shape != ours.shape or (own - ours).abs().max() > PROBE_TOLERANCE * scale:
+            family = type(self.language_model).__name__
+            raise ModelError(
+                f"{family} computes logits from its hidden states in a way tropism does not know; please report the family "
+                "so that Policy.logits learns it"
+            )
+
+
+class Reference:
+    """The policy as it was before training, for log-probs only; heads are no part of it.
+
+    A fresh adapter switched off; the frozen second adapter named "reference" when training started from an adapter; a
+    frozen copy of the weights otherwise.
+    """
+
+    ADAPTER = "reference"
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        adapters = getattr(policy.model, "peft_config", None)
+        self.kind: Literal["disabled", "adapter", "copy"]
+        if adapters is None:
+            self.kind = "copy"
+            frozen = copy.deepcopy(policy.model).requires_grad_(False)
+            self.frozen = Policy(frozen, chunk_size=policy.chunk_size).eval()
+        else:
+            self.kind = "adapter" if self.ADAPTER in adapters else "disabled"
+
+    @contextmanager
+    def active(self) -> Iterator[Policy]:
+        """A policy that computes as the reference, inside the block."""
+        model: Any = self.policy.model
+        if self.kind == "copy":
+            yield self.frozen
+        elif self.kind == "disabled":
+            with model.disable_adapter():
+                yield self.policy
+        else:
+            trained = model.active_adapter
+            model.set_adapter(self.ADAPTER, inference_mode=True)
+            try:
+                yield self.policy
+            finally:
+                model.set_adapter(trained)

@@ -1,0 +1,144 @@
+"""Writing models: as a plain Hugging Face folder that loads without this library, or as a LoRA adapter folder."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from tropism.errors import ModelError
+from tropism.models.modules import base_model, with_weights
+
+logger = logging.getLogger(__name__)
+
+
+def save_plain(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write ``model`` and ``tokenizer`` as a folder that ``AutoModelForCausalLM`` loads with no custom code.
+
+    An active adapter is merged into a copy of the layers it changes; the live model keeps its weights bit for bit. The
+    folder appears under its name only once it is complete, and then replaces an older one.
+
+    Raises:
+        ModelError: the weights are quantised.
+    """
+    base = base_model(model)
+    if getattr(base, "is_quantized", False):
+        raise ModelError(
+            "a quantised model cannot be written as a plain folder; "
+            "save the adapter, and load it on the model in bfloat16"
+        )
+    weights = merged_weights(model) if isinstance(model, PeftModel) else base.state_dict()
+    plain = with_weights(base, weights)
+    plain.generation_config = _valid_generation_config(plain.generation_config)
+    with replacing(Path(folder)) as temporary:
+        plain.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def save_adapter(model: PeftModel, folder: str | Path) -> None:
+    """Write the active adapter alone, as a folder that PEFT loads on the base model it names."""
+    with replacing(Path(folder)) as temporary:
+        # PEFT would otherwise ask the hub whether the base model's vocabulary has grown.
+        model.save_pretrained(str(temporary), selected_adapters=[model.active_adapter], save_embedding_layers=False)
+        saved = temporary / str(model.active_adapter)
+        if saved.is_dir():
+            for file in saved.iterdir():
+                file.rename(temporary / file.name)
+            saved.rmdir()
+
+
+@torch.no_grad()
+def merged_weights(model: PeftModel) -> dict[str, Tensor]:
+    """State dict of the base model with the active adapter merged in.
+
+    Weights that no adapter touches are the live tensors themselves; merged ones are new, on the CPU, computed in
+    float32 and rounded once to the layer's dtype.
+    """
+    base = base_model(model)
+    adapted = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+    weights = {
+        key: value
+        for key, value in base.state_dict().items()
+        if not any(key.startswith(f"{name}.") for name in adapted)
+    }
+    for name, layer in adapted.items():
+        dtypes = {key: value.dtype for key, value in layer.get_base_layer().state_dict().items()}
+        merged = copy.deepcopy(layer).cpu().float()  # type: ignore[attr-defined]
+        merged.merge(safe_merge=True, adapter_names=[model.active_adapter])
+        for key, value in merged.get_base_layer().state_dict().items():
+            weights[f"{name}.{key}"] = value.to(dtypes[key])
+    return weights
+
+
+@torch.no_grad()
+def verify_plain(model: PreTrainedModel | PeftModel, folder: str | Path, ids: Tensor) -> float:
+    """Largest absolute difference of logits between ``model`` and what ``folder`` loads as, on the same device.
+
+    Args:
+        ids: [B, L] token ids without padding.
+    """
+    live = base_model(model)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        dtype=live.dtype,
+        attn_implementation=live.config._attn_implementation,
+        trust_remote_code=False,
+    )
+    ids = ids.to(live.device)
+    loaded.to(live.device).eval()
+    mask = torch.ones_like(ids)
+    was_training = model.training
+    model.eval()
+    expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    model.train(was_training)
+    found = loaded(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return float((expected.float() - found.float()).abs().max())
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new sibling folder to write into, renamed to ``folder`` at the end; after an error nothing has changed."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise ModelError(f"{folder} is a file; give the name of a folder to write the model to")
+    token = secrets.token_hex(4)
+    temporary, old = (folder.with_name(f".{folder.name}.{token}.{kind}") for kind in ("new", "old"))
+    temporary.mkdir()
+    try:
+        yield temporary
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _valid_generation_config(config: GenerationConfig) -> GenerationConfig:
+    """``config`` if transformers agrees to write it, else the nearest it agrees to.
+
+    Published models come with combinations that it refuses to save, most often a temperature without ``do_sample``.
+    """
+    sampled = copy.deepcopy(config)
+    sampled.do_sample = True
+    tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for candidate in (config, sampled):
+        try:
+            candidate.validate(strict=True)
+        except ValueError:
+            continue
+        return candidate
+    logger.warning("the model's generation config is invalid; only its special tokens are saved")
+    return GenerationConfig(**tokens)

@@ -1,0 +1,59 @@
+"""Pure tensor functions: no state, no model, no configuration, nothing but torch.
+
+Tensors are ``[B, T]`` with index t about completion token t, right-padded; masks are bool and come from lengths.
+Everything after the tensors is keyword-only. Losses are per token or per sequence, never a mean: who knows the whole
+batch divides. Shapes are checked, never broadcast; a mistake is a ``ValueError`` that gives the shapes.
+"""
+
+from __future__ import annotations
+
+from tropism.ops.advantages import GROUP_STD_EPSILON, gae, group_advantages, leave_one_out_advantages
+from tropism.ops.divergences import LOG_RATIO_LIMIT, clamped_fraction, full_kl, kl_k1, kl_k2, kl_k3
+from tropism.ops.logprobs import entropy, tempered, token_logprobs
+from tropism.ops.masking import WHITEN_EPSILON, masked_deviations, masked_mean, masked_sum, masked_whiten
+from tropism.ops.offline_losses import expectile_loss
+from tropism.ops.policy_losses import (
+    cispo_policy_loss,
+    clipped_policy_loss,
+    clipped_tokens,
+    clipped_value_loss,
+    explained_variance,
+    sequence_log_ratio,
+    sequence_policy_loss,
+)
+from tropism.ops.preference_losses import best_of_k_loss, bradley_terry_loss, dpo_loss
+from tropism.ops.rewards import penalised_rewards, score_at_last_token
+
+__all__ = [
+    "GROUP_STD_EPSILON",
+    "LOG_RATIO_LIMIT",
+    "WHITEN_EPSILON",
+    "best_of_k_loss",
+    "bradley_terry_loss",
+    "cispo_policy_loss",
+    "clamped_fraction",
+    "clipped_policy_loss",
+    "clipped_tokens",
+    "clipped_value_loss",
+    "dpo_loss",
+    "entropy",
+    "expectile_loss",
+    "explained_variance",
+    "full_kl",
+    "gae",
+    "group_advantages",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "leave_one_out_advantages",
+    "masked_deviations",
+    "masked_mean",
+    "masked_sum",
+    "masked_whiten",
+    "penalised_rewards",
+    "score_at_last_token",
+    "sequence_log_ratio",
+    "sequence_policy_loss",
+    "tempered",
+    "token_logprobs",
+]

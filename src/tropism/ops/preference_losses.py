@@ -1,0 +1,133 @@
+"""Losses on choices between completions: reward models (pairs and best of K) and DPO."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from tropism.ops.arguments import (
+    describe_shapes,
+    require_number,
+    require_positive,
+    require_rank,
+    require_same_shape,
+    upcast,
+)
+from tropism.ops.logprobs import token_logprobs
+
+
+def bradley_terry_loss(
+    chosen: Tensor, rejected: Tensor, *, margin: float | Tensor = 0.0, label_smoothing: float = 0.0
+) -> Tensor:
+    """Negative log-likelihood of the observed preference when scores are log-odds.
+
+    L(c, r) = -log sigmoid(c - r - margin);  (1 - s) L(chosen, rejected) + s L(rejected, chosen)
+    https://arxiv.org/abs/1706.03741; margin: https://arxiv.org/abs/2307.09288
+
+    Args:
+        chosen: [N] scores of the preferred completions.
+        rejected: [N] scores of the others.
+        margin: by how much the preferred one should lead: one number, or [N].
+        label_smoothing: s in [0, 0.5], the assumed probability that a label is flipped.
+
+    Returns:
+        [N] fp32 losses (fp64 for fp64 scores).
+
+    Raises:
+        ValueError: the tensors are not of one shape [N], or ``label_smoothing`` is outside [0, 0.5].
+    """
+    require_rank(1, chosen=chosen, rejected=rejected)
+    require_same_shape(chosen=chosen, rejected=rejected)
+    require_number("label_smoothing", label_smoothing, low=0.0, high=0.5)
+    if isinstance(margin, Tensor):
+        require_same_shape(chosen=chosen, margin=margin)
+    lead = upcast(chosen) - upcast(rejected)
+    return -(1 - label_smoothing) * logsigmoid(lead - margin) - label_smoothing * logsigmoid(-lead - margin)
+
+
+def best_of_k_loss(scores: Tensor, choices: Tensor) -> Tensor:
+    """Negative log-likelihood of the chosen one of K completions when scores are log-odds.
+
+    -log softmax(scores)[choice]      https://arxiv.org/abs/1909.08593
+
+    Args:
+        scores: [N, K] scores of the K >= 2 completions of each prompt.
+        choices: [N] integer index of the preferred one, 0..K-1.
+
+    Returns:
+        [N] fp32 losses (fp64 for fp64 scores).
+
+    Raises:
+        ValueError: the tensors are not of these shapes, K < 2, or a choice is no integer in 0..K-1.
+    """
+    require_rank(2, scores=scores)
+    require_rank(1, choices=choices)
+    if scores.shape[1] < 2:
+        raise ValueError(f"a choice needs at least two completions: {describe_shapes(scores=scores)}")
+    if choices.shape[0] != scores.shape[0]:
+        raise ValueError(f"each row of scores has one choice: {describe_shapes(scores=scores, choices=choices)}")
+    if bool(((choices < 0) | (choices >= scores.shape[1])).any()):
+        shapes = describe_shapes(scores=scores, choices=choices)
+        raise ValueError(f"choices must be between 0 and {scores.shape[1] - 1}, not {choices.tolist()} ({shapes})")
+    return -token_logprobs(scores, choices)
+
+
+def dpo_loss(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+    *,
+    beta: float,
+    variant: Literal["sigmoid", "ipo", "hinge"] = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Preference loss in which the reward is the policy's log-ratio to the reference.
+
+    h = (log pi - log ref)(chosen) - (log pi - log ref)(rejected)
+    sigmoid: -(1 - s) log sigmoid(beta h) - s log sigmoid(-beta h)      https://arxiv.org/abs/2305.18290
+    (smoothing s: https://ericmitchell.ai/cdpo.pdf);  ipo: (h - 1 / (2 beta))^2      https://arxiv.org/abs/2310.12036
+    hinge: max(0, 1 - beta h)      https://arxiv.org/abs/2305.10425
+
+    Args:
+        chosen_logprobs: [N] log-prob in nats of each preferred completion, summed over its tokens.
+        rejected_logprobs: [N] of the other completion.
+        ref_chosen_logprobs: [N] the preferred one under the reference.
+        ref_rejected_logprobs: [N] the other one under the reference.
+        beta: > 0, how strongly the reference holds.
+        variant: which of the three losses.
+        label_smoothing: s in [0, 0.5], only for "sigmoid".
+
+    Returns:
+        [N] fp32 losses (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: the tensors are not of one shape [N], beta is not positive, ``variant`` is unknown, or
+            ``label_smoothing`` is outside [0, 0.5] or given with another variant than "sigmoid".
+    """
+    columns = {
+        "chosen_logprobs": chosen_logprobs,
+        "rejected_logprobs": rejected_logprobs,
+        "ref_chosen_logprobs": ref_chosen_logprobs,
+        "ref_rejected_logprobs": ref_rejected_logprobs,
+    }
+    require_rank(1, **columns)
+    require_same_shape(**columns)
+    require_positive("beta", beta)
+    require_number("label_smoothing", label_smoothing, low=0.0, high=0.5)
+    if label_smoothing and variant != "sigmoid":
+        raise ValueError(f"label_smoothing {label_smoothing} has no meaning in the variant {variant!r}; set it to 0")
+    chosen_ratio = upcast(chosen_logprobs) - upcast(ref_chosen_logprobs)
+    rejected_ratio = upcast(rejected_logprobs) - upcast(ref_rejected_logprobs)
+    lead = chosen_ratio - rejected_ratio
+    match variant:
+        case "sigmoid":
+            return -(1 - label_smoothing) * logsigmoid(beta * lead) - label_smoothing * logsigmoid(-beta * lead)
+        case "ipo":
+            return (lead - 1 / (2 * beta)).square()
+        case "hinge":
+            return (1 - beta * lead).relu()
+        case _:
+            raise ValueError(f"variant must be 'sigmoid', 'ipo' or 'hinge', not {variant!r}")

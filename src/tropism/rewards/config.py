@@ -1,0 +1,191 @@
+"""What a run is rewarded for: named terms, their weights, and what happens to their sum.
+
+Nothing here imports torch, so that the command line can show these fields quickly.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from tropism.errors import ConfigError
+
+Scale = Literal["none", "running", "reference"]
+OnError = Literal["raise", "skip"]
+
+RESERVED_NAMES = ("mean", "std", "unscored", "scale")
+"""``reward/<these>`` are metrics of the whole reward, so no term may have such a name."""
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the closest known one, and all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    listing = ", ".join(known) or "none"
+    return f"Did you mean {near[0]!r}? Known: {listing}." if near else f"Known: {listing}."
+
+
+def callable_name(function: Callable[..., Any]) -> str:
+    """A short name of any callable: that of the function, of a partial's function, or of an object's class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = getattr(function, "__name__", None) or type(function).__name__
+    return "reward" if name == "<lambda>" else str(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardTerm:
+    """One named part of the reward."""
+
+    use: str | Callable[..., Any]
+    """A registered name (`vader`), a code reference (`module:function`, `file.py:function`; needs --allow-code), or,
+    from Python, any callable."""
+    weight: float = 1.0
+    """Factor of this term in the sum. 0 only logs the term; negative turns the policy away from it."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of a registered reward, or keyword arguments bound to a function."""
+
+    def __post_init__(self) -> None:
+        if not callable(self.use) and not (isinstance(self.use, str) and self.use.strip()):
+            raise ConfigError(f"use: expected a registered name, 'file.py:function' or a callable, not {self.use!r}")
+        if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)) or not math.isfinite(self.weight):
+            raise ConfigError(f"weight: expected a finite number, not {self.weight!r}")
+        if not isinstance(self.args, Mapping) or not all(isinstance(key, str) for key in self.args):
+            raise ConfigError(f"args: expected a mapping of argument names to values, not {self.args!r}")
+
+    @property
+    def name(self) -> str:
+        """The name this term gets when none is given: the registered name or the function's."""
+        if isinstance(self.use, str):
+            return self.use.rpartition(":")[2].rpartition(".")[2]
+        return callable_name(self.use)
+
+    @classmethod
+    def of(cls, value: Any) -> RewardTerm:
+        """A term from a callable, a name, ``(reward, weight)``, or a mapping of this class's fields."""
+        if isinstance(value, RewardTerm):
+            return value
+        if isinstance(value, Mapping):
+            _check_keys(value, [f.name for f in fields(cls)], "a reward term")
+            if "use" not in value:
+                raise ConfigError(f"a reward term needs `use`: the name of a reward or a function; got {dict(value)!r}")
+            return cls(**value)
+        if isinstance(value, (tuple, list)):
+            if len(value) != 2:
+                raise ConfigError(f"a reward term is (reward, weight), not {len(value)} values: {value!r}")
+            return cls(use=value[0], weight=value[1])
+        return cls(use=value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """The reward of a completion: the weighted sum of its terms, then clipped, then scaled or normalised."""
+
+    terms: dict[str, RewardTerm]
+    """Named terms. Each is logged as `reward/<name>`, raw."""
+    clip: float | None = None
+    """The sum is clipped to +-clip (each token's reward likewise), before scaling. None: not clipped."""
+    scale: Scale = "none"
+    """Divide by a standard deviation, never subtract a mean: `running` over all rewards so far (this batch included),
+    `reference` of the first batch whose rewards differ. No division where it is 0 or of a single reward."""
+    normalise: bool = False
+    """Subtract the running mean and divide by the running standard deviation. Not together with `scale`."""
+    on_error: OnError = "raise"
+    """`raise` stops the run when a reward function fails; `skip` leaves its term out for that batch, warns and counts
+    it as `reward/<name>/skipped`."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.terms, Mapping) or not self.terms:
+            raise ConfigError("the reward needs at least one term, for example {'warmth': {'use': 'vader'}}")
+        for name, term in self.terms.items():
+            _check_term_name(name)
+            if not isinstance(term, RewardTerm):
+                raise ConfigError(f"reward term {name!r}: expected a RewardTerm, not {term!r}")
+        if all(term.weight == 0 for term in self.terms.values()):
+            raise ConfigError("every reward term has weight 0; give at least one another weight")
+        if self.clip is not None and not (_is_number(self.clip) and 0 < self.clip < math.inf):
+            raise ConfigError(f"clip: expected a positive number or nothing, not {self.clip!r}")
+        for key, choice, known in (
+            ("scale", self.scale, get_args(Scale)),
+            ("on_error", self.on_error, get_args(OnError)),
+        ):
+            if choice not in known:
+                raise ConfigError(f"{key}: unknown value {choice!r}. {closest(str(choice), known)}")
+        if self.normalise and self.scale != "none":
+            raise ConfigError("normalise already divides by the running std; remove it or set scale to 'none'")
+
+    @classmethod
+    def of(cls, value: Any) -> RewardConfig:
+        """A reward from any form a user may give it in.
+
+        A callable; a registered name; ``module:function`` or ``file.py:function``; ``{"name": reward}`` or
+        ``{"name": (reward, weight)}``; a recipe's ``{"terms": {...}, "clip": ...}`` or single ``{"use": ...}``; a
+        ``RewardTerm`` or ``RewardConfig``.
+
+        Raises:
+            ConfigError: another type, an unknown key (names the closest), or a value out of range.
+        """
+        if isinstance(value, RewardConfig):
+            return value
+        if not isinstance(value, Mapping):
+            if not (callable(value) or isinstance(value, (str, RewardTerm))):
+                raise ConfigError(
+                    f"reward: expected a callable, a name, or a mapping of names to rewards, not "
+                    f"{type(value).__name__}. Several rewards are given as {'name': (reward, weight), ...}."
+                )
+            term = RewardTerm.of(value)
+            return cls(terms={term.name: term})
+        own = [f.name for f in fields(cls)]
+        if isinstance(value.get("terms"), Mapping):
+            _check_keys(value, own, "the reward")
+            return cls(**{**value, "terms": _terms_of(value["terms"])})
+        if "use" in value:
+            term_keys = [f.name for f in fields(RewardTerm)]
+            _check_keys(value, [*term_keys, *(key for key in own if key != "terms")], "the reward")
+            term = RewardTerm.of({key: entry for key, entry in value.items() if key in term_keys})
+            return cls(terms={term.name: term}, **{key: entry for key, entry in value.items() if key not in term_keys})
+        return cls(terms=_terms_of(value))
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for a recipe file; a Python callable is written as ``module:name``."""
+        terms = {}
+        for name, term in self.terms.items():
+            use = term.use
+            if not isinstance(use, str):
+                use = f"{getattr(use, '__module__', None) or type(use).__module__}:{callable_name(use)}"
+            terms[name] = {"use": use, "weight": term.weight, "args": dict(term.args)}
+        return {"terms": terms} | {f.name: getattr(self, f.name) for f in fields(self) if f.name != "terms"}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_keys(value: Mapping[Any, Any], known: list[str], what: str) -> None:
+    for key in value:
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r} in {what}. {closest(str(key), known)}")
+
+
+def _check_term_name(name: Any) -> None:
+    if not isinstance(name, str) or not name.strip() or "/" in name or not name.isprintable():
+        raise ConfigError(f"reward term name {name!r}: expected printable text without '/'")
+    if name in RESERVED_NAMES:
+        raise ConfigError(
+            f"reward term name {name!r} is taken by the metric reward/{name}; give the term another name: "
+            f"{{'my_{name}': ...}}"
+        )
+
+
+def _terms_of(value: Mapping[Any, Any]) -> dict[str, RewardTerm]:
+    terms = {}
+    for name, entry in value.items():
+        try:
+            terms[name] = RewardTerm.of(entry)
+        except ConfigError as error:
+            raise ConfigError(f"reward term {name!r}: {error}") from error
+    return terms

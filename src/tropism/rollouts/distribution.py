@@ -1,0 +1,85 @@
+"""From logits to one sampled token per row, with its log-probs: penalties, truncation and the draw itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tropism.rollouts.config import Sampling
+
+BLOCK = 256
+"""Tokens per block of the two-level inverse CDF."""
+NUCLEUS_HEAD = 1024
+"""Top-p looks at this many most likely tokens before it sorts the whole vocabulary."""
+
+
+def penalise_repetition(logits: Tensor, ids: Sequence[Sequence[int]], penalty: float) -> Tensor:
+    """Logits [R, V] of tokens in ``ids`` divided (positive) or multiplied (negative) by ``penalty``.
+
+    CTRL, https://arxiv.org/abs/1909.05858.
+    """
+    logits = logits.clone()
+    for row, seen in enumerate(ids):
+        index = torch.tensor(sorted(set(seen)), device=logits.device)
+        values = logits[row, index]
+        logits[row, index] = torch.where(values > 0, values / penalty, values * penalty)
+    return logits
+
+
+def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Tempered logits [R, V] with -inf outside the top-k, top-p and min-p sets (in that order, as in transformers)."""
+    if 0 < sampling.top_k < logits.shape[-1]:
+        kth = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if sampling.top_p < 1:
+        logits = logits.masked_fill(logits < _nucleus_threshold(logits, sampling.top_p), -torch.inf)
+    if sampling.min_p > 0:
+        probabilities = logits.softmax(-1)
+        floor = sampling.min_p * probabilities.amax(-1, keepdim=True)
+        logits = logits.masked_fill(probabilities < floor, -torch.inf)
+    return logits
+
+
+def _nucleus_threshold(logits: Tensor, top_p: float) -> Tensor:
+    """[R, 1] smallest logit of the smallest set with probability at least ``top_p``; sorts the head only if it can."""
+    logits = logits.float()
+    total = logits.logsumexp(-1, keepdim=True)
+    for head in (min(NUCLEUS_HEAD, logits.shape[-1]), logits.shape[-1]):
+        top = logits.topk(head, dim=-1).values
+        before = (top - total).exp().cumsum(-1)
+        if bool((before[:, -1] >= top_p).all()):
+            break
+    # The crossing token stays: count the tokens before which less than top_p has been gathered.
+    kept = 1 + (before[:, :-1] < top_p).sum(-1, keepdim=True)
+    return top.gather(-1, kept - 1)
+
+
+def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """One token per row by the inverse CDF of softmax(logits [R, V]) at ``uniforms`` [R] (float64, in [0, 1)).
+
+    Exact to float64 sums: blocks of the vocabulary are summed first, then the block that holds the answer is searched,
+    which costs one pass instead of a cumulative sum (or a sort) over the whole vocabulary. A token of probability zero
+    is never drawn.
+    """
+    rows, vocabulary = logits.shape
+    weights = (logits.float() - logits.float().amax(-1, keepdim=True)).exp()
+    blocks = -(-vocabulary // BLOCK)
+    weights = torch.nn.functional.pad(weights, (0, blocks * BLOCK - vocabulary)).view(rows, blocks, BLOCK)
+    sums = weights.sum(-1, dtype=torch.float64)
+    cumulative = sums.cumsum(-1)
+    goal = uniforms[:, None].to(cumulative) * cumulative[:, -1:]
+    block = _first_above(cumulative, goal, sums)
+    before = (cumulative - sums).gather(-1, block)
+    inside = weights.gather(1, block[:, :, None].expand(-1, 1, BLOCK)).squeeze(1).double()
+    return (block * BLOCK + _first_above(inside.cumsum(-1), goal - before, inside)).squeeze(-1)
+
+
+def _first_above(cumulative: Tensor, goal: Tensor, weights: Tensor) -> Tensor:
+    """[R, 1] first index with ``cumulative > goal`` and a weight above 0; the last such weight where rounding hides it."""
+    index = torch.arange(cumulative.shape[-1], device=cumulative.device)
+    possible = weights > 0
+    first = torch.where(possible & (cumulative > goal), index, index.numel()).amin(-1, keepdim=True)
+    last = torch.where(possible, index, -1).amax(-1, keepdim=True)
+    return torch.where(first < index.numel(), first, last)

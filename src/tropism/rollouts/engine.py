@@ -1,0 +1,301 @@
+"""The embedded sampler: decodes with the policy itself, on any causal LM.
+
+Rows that end leave the batch and waiting rows take their place; the completions of equal prompts share one prefill; the
+KV cache is allocated once; log-probs fall out of sampling; every draw has its own key.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tropism.errors import ConfigError
+from tropism.rollouts.config import Sampling
+from tropism.rollouts.distribution import draw, penalise_repetition, truncate
+from tropism.rollouts.kv_cache import SlabCache
+from tropism.rollouts.protocol import Capabilities, FilterContext, GeneratingPolicy, LogitFilter
+from tropism.rollouts.randomness import StreamKey
+from tropism.rollouts.stops import StopStrings
+from tropism.types import FinishReason, Prompt, Rollouts, pad_rows
+
+SLACK = 32
+"""Columns beyond the longest row, so that rows need to be shifted only once in that many steps when others enter."""
+
+
+@dataclass
+class _Row:
+    """One completion in the making."""
+
+    index: int
+    """Its place in the result."""
+    prefixes: tuple[tuple[int, ...], ...]
+    """Token ids of each stream's prefix; the first is the prompt."""
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    behaviour_logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+class EmbeddedSampler:
+    """Samples with the policy's own weights and forward pass.
+
+    Args:
+        tokenizer: for stop strings.
+        eos_ids: tokens that end a completion; empty where the model has none.
+    """
+
+    capabilities = Capabilities(logit_filters=True, streams=True, stop_strings=True, keyed_randomness=True)
+
+    def __init__(self, tokenizer: Any, eos_ids: Sequence[int]) -> None:
+        self.tokenizer = tokenizer
+        self.eos_ids = tuple(eos_ids)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        policy: GeneratingPolicy,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        n: int = 1,
+        *,
+        key: StreamKey,
+        first_index: int = 0,
+        filters: Sequence[LogitFilter] = (),
+        streams: Sequence[Sequence[Sequence[int]]] | None = None,
+    ) -> Rollouts:
+        """See ``Sampler.generate``."""
+        if not prompts:
+            raise ConfigError("there are no prompts to sample from")
+        prefixes = [
+            (prompt.ids, *(tuple(ids) for ids in (streams[i] if streams is not None else ())))
+            for i, prompt in enumerate(prompts)
+        ]
+        if len({len(p) for p in prefixes}) > 1:
+            raise ConfigError("every prompt needs the same number of streams")
+        _check_context(prefixes, sampling, policy.context_length)
+        rows = [_Row(index=i * n + j, prefixes=prefix) for i, prefix in enumerate(prefixes) for j in range(n)]
+        ends = (frozenset(self.eos_ids), frozenset(sampling.stop_token_ids))
+        stops = StopStrings(sampling.stop, self.tokenizer) if sampling.stop else None
+        decoder = _Decoder(policy, rows, sampling, key, first_index, filters, ends, stops)
+        decoder.run()
+        return _collect(rows, sampling)
+
+
+def _check_context(prefixes: Sequence[tuple[tuple[int, ...], ...]], sampling: Sampling, limit: int | None) -> None:
+    for index, prefix in enumerate(prefixes):
+        longest = max(len(ids) for ids in prefix)
+        if min(len(ids) for ids in prefix) == 0:
+            raise ConfigError(f"prompt {index} has no tokens; the model needs at least one to start from")
+        if limit is not None and longest + sampling.max_new_tokens > limit:
+            raise ConfigError(
+                f"prompt {index} has {longest} tokens; with max_new_tokens={sampling.max_new_tokens} that exceeds the "
+                f"model's context of {limit}: shorten the prompt or lower sampling.max_new_tokens"
+            )
+
+
+def _collect(rows: Sequence[_Row], sampling: Sampling) -> Rollouts:
+    reasons: list[FinishReason] = []
+    for row in rows:
+        assert row.finish_reason is not None
+        reasons.append(row.finish_reason)
+    prompts = [row.prefixes[0] for row in rows]
+    return Rollouts(
+        prompt_ids=pad_rows(prompts, left=True),
+        prompt_lengths=torch.tensor([len(ids) for ids in prompts]),
+        completion_ids=pad_rows([row.ids for row in rows]),
+        completion_lengths=torch.tensor([len(row.ids) for row in rows]),
+        logprobs=pad_rows([row.logprobs for row in rows], value=0.0, dtype=torch.float32),
+        behaviour_logprobs=pad_rows([row.behaviour_logprobs for row in rows], value=0.0, dtype=torch.float32),
+        finish_reasons=tuple(reasons),
+        temperature=sampling.softmax_temperature,
+    )
+
+
+class _Decoder:
+    """The decode loop of one ``generate`` call. Each row occupies one cache row per stream, side by side."""
+
+    def __init__(
+        self,
+        policy: GeneratingPolicy,
+        rows: Sequence[_Row],
+        sampling: Sampling,
+        key: StreamKey,
+        first_index: int,
+        filters: Sequence[LogitFilter],
+        ends: tuple[frozenset[int], frozenset[int]],
+        stops: StopStrings | None,
+    ) -> None:
+        self.policy, self.sampling, self.key, self.first_index = policy, sampling, key, first_index
+        self.filters, self.stops = filters, stops
+        self.eos_ids, self.stop_ids = ends
+        self.forbidden_early = torch.tensor(sorted(self.eos_ids | self.stop_ids), device=policy.device)
+        self.streams = len(rows[0].prefixes)
+        self.waiting = deque(rows)
+        self.active: list[_Row] = []
+        self.width = min(len(rows), max(1, sampling.batch_size // self.streams))
+        self.longest = max(len(ids) for row in rows for ids in row.prefixes)
+        self.layers = int(policy.config.num_hidden_layers)
+        slack = SLACK if len(rows) > self.width else 1
+        columns = self.longest + sampling.max_new_tokens + slack
+        self.cache = self._new_cache(self.width * self.streams, columns, torch.zeros(0, dtype=torch.long))
+        self.prefilled: dict[tuple[tuple[int, ...], ...], tuple[SlabCache, int, Tensor]] = {}
+        self.uses = Counter(row.prefixes for row in rows)
+        self.hidden: Tensor | None = None
+
+    def _new_cache(self, slots: int, columns: int, starts: Tensor) -> SlabCache:
+        return SlabCache(layers=self.layers, slots=slots, columns=columns, starts=starts.to(self.policy.device))
+
+    def run(self) -> None:
+        while self.waiting or self.active:
+            self._admit()
+            tokens = self._sample()
+            going = [i for i, row in enumerate(self.active) if row.finish_reason is None]
+            if len(going) < len(self.active):
+                self._keep(going)
+                tokens = tokens[torch.tensor(going, dtype=torch.long, device=tokens.device)]
+            if self.active:
+                self._decode(tokens)
+
+    # Rows enter ----------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Waiting rows take free places, once a quarter of the places are free: a prefill costs about a decode step."""
+        free = self.width - len(self.active)
+        if not self.waiting or (self.active and free < max(1, self.width // 4)):
+            return
+        entering = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
+        missing = list(dict.fromkeys(row.prefixes for row in entering if row.prefixes not in self.prefilled))
+        if missing:
+            self._prefill(missing)
+        groups: dict[int, tuple[SlabCache, list[int]]] = {}
+        hidden = []
+        ordered = sorted(entering, key=lambda row: id(self.prefilled[row.prefixes][0]))
+        for row in ordered:
+            cache, place, last = self.prefilled[row.prefixes]
+            groups.setdefault(id(cache), (cache, []))[1].extend(range(place, place + self.streams))
+            hidden.append(last)
+            self.uses[row.prefixes] -= 1
+            if self.uses[row.prefixes] == 0:
+                del self.prefilled[row.prefixes]
+        for cache, places in groups.values():
+            self.cache.make_room(cache.cursor)
+            self.cache.append(cache, torch.tensor(places, device=self.policy.device))
+        entered = torch.stack(hidden)
+        self.hidden = entered if self.hidden is None else torch.cat([self.hidden, entered])
+        self.active.extend(ordered)
+
+    def _prefill(self, missing: Sequence[tuple[tuple[int, ...], ...]]) -> None:
+        """One forward pass over distinct prefixes, padded on the left; keeps their cache and last hidden states."""
+        flat = [ids for prefixes in missing for ids in prefixes]
+        ids = pad_rows(flat, left=True).to(self.policy.device)
+        starts = torch.tensor([ids.shape[1] - len(row) for row in flat], device=ids.device)
+        cache = self._new_cache(len(flat), ids.shape[1], starts)
+        mask = cache.mask(ids.shape[1])
+        positions = (torch.arange(ids.shape[1], device=ids.device)[None, :] - starts[:, None]).clamp(min=0)
+        hidden = self.policy.hidden_states(ids, mask, positions, cache)[:, -1]
+        cache.advance(ids.shape[1])
+        for index, prefixes in enumerate(missing):
+            place = index * self.streams
+            self.prefilled[prefixes] = (cache, place, hidden[place : place + self.streams])
+
+    # Rows go on ----------------------------------------------------------------------------------------------------
+
+    def _sample(self) -> Tensor:
+        """One token for every active row, recorded; rows that end get their finish reason."""
+        assert self.hidden is not None
+        all_logits = self.policy.logits(self.hidden).float()
+        logits = all_logits[:, 0]
+        scaled = self._filtered(logits, all_logits)
+        unfiltered = logits / self.sampling.softmax_temperature
+        tokens = scaled.argmax(-1) if self.sampling.temperature == 0 else draw(scaled, self._uniforms())
+        logprobs = _logprob(unfiltered, tokens)
+        if self.sampling.temperature == 0:
+            behaviour = torch.zeros_like(logprobs)
+        else:
+            behaviour = logprobs if self._plain else _logprob(scaled, tokens)
+        values = zip(self.active, tokens.tolist(), logprobs.tolist(), behaviour.tolist(), strict=True)
+        for row, token, logprob, behaviour_logprob in values:
+            row.ids.append(token)
+            row.logprobs.append(logprob)
+            row.behaviour_logprobs.append(behaviour_logprob)
+        self._finish()
+        return tokens
+
+    @property
+    def _plain(self) -> bool:
+        """Whether the distribution sampled from is the tempered one itself."""
+        s = self.sampling
+        truncated = s.top_k > 0 or s.top_p < 1 or s.min_p > 0 or s.repetition_penalty != 1
+        return not (truncated or self.filters or s.min_new_tokens > 0 or s.temperature == 0)
+
+    def _filtered(self, logits: Tensor, stream_logits: Tensor) -> Tensor:
+        """Logits [R, V] of the distribution that is sampled from."""
+        sampling = self.sampling
+        if self._plain:
+            return logits / sampling.softmax_temperature
+        if sampling.repetition_penalty != 1 or self.filters:
+            ids = [[*row.prefixes[0], *row.ids] for row in self.active]
+        if sampling.repetition_penalty != 1:
+            logits = penalise_repetition(logits, ids, sampling.repetition_penalty)
+        if self.filters:
+            assert self.hidden is not None
+            context = FilterContext(
+                stream_logits=stream_logits,
+                hidden=self.hidden,
+                ids=ids,
+                prompt_lengths=[len(row.prefixes[0]) for row in self.active],
+                row_state=[row.state for row in self.active],
+            )
+            for change in self.filters:
+                logits = change(logits, context)
+        early = [len(row.ids) < sampling.min_new_tokens for row in self.active]
+        if any(early) and len(self.forbidden_early):
+            rows = torch.tensor(early, device=logits.device).nonzero()
+            logits = logits.clone()
+            logits[rows, self.forbidden_early[None, :]] = -torch.inf
+        return truncate(logits / sampling.softmax_temperature, sampling)
+
+    def _uniforms(self) -> Tensor:
+        samples = np.array([self.first_index + row.index for row in self.active], dtype=np.int64)
+        tokens = np.array([len(row.ids) for row in self.active], dtype=np.int64)
+        return torch.from_numpy(self.key.uniforms(samples, tokens)).to(self.policy.device)
+
+    def _finish(self) -> None:
+        for row in self.active:
+            if row.ids[-1] in self.eos_ids:
+                row.finish_reason = "eos"
+            elif row.ids[-1] in self.stop_ids or (
+                self.stops is not None and len(row.ids) >= self.sampling.min_new_tokens and self.stops.ended(row.ids)
+            ):
+                row.finish_reason = "stop"
+            elif len(row.ids) == self.sampling.max_new_tokens:
+                row.finish_reason = "length"
+
+    def _keep(self, going: Sequence[int]) -> None:
+        """Rows that ended leave the batch and the cache."""
+        index = torch.tensor(going, dtype=torch.long, device=self.policy.device)
+        slots = (index[:, None] * self.streams + torch.arange(self.streams, device=index.device)).flatten()
+        self.cache.keep(slots)
+        assert self.hidden is not None
+        self.hidden = self.hidden[index]
+        self.active = [self.active[i] for i in going]
+
+    def _decode(self, tokens: Tensor) -> None:
+        """One forward pass: the sampled token of each row, in each of its streams."""
+        self.cache.make_room(0)
+        ids = tokens.repeat_interleave(self.streams)[:, None]
+        positions = (self.cache.cursor - self.cache.starts)[:, None]
+        hidden = self.policy.hidden_states(ids, self.cache.mask(1), positions, self.cache)[:, -1]
+        self.cache.advance(1)
+        self.hidden = hidden.view(len(self.active), self.streams, -1)
+
+
+def _logprob(logits: Tensor, tokens: Tensor) -> Tensor:
+    return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)

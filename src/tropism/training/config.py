@@ -1,0 +1,104 @@
+"""How a run trains: optimizer, precision, micro-batches, evaluation, checkpoints, tracking."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (https://arxiv.org/abs/1711.05101)."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """When and how held-out prompts are answered and scored."""
+
+    every: int | None = None
+    """Evaluate after this many steps; None: before the first and after the last step only."""
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 1:
+            raise ValueError("every must be at least 1, or None for before and after only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept of a run, and when it stops early."""
+
+    every: int | None = None
+    """Save after this many steps; None: at the end and on a signal only."""
+    keep: int = 2
+    """Newest checkpoints to keep; older ones are deleted."""
+    best_metric: str | None = "eval/reward"
+    """Metric of the evaluations whose best value keeps its weights under best/; None: keep no best."""
+    best_mode: Literal["max", "min"] = "max"
+    """Whether more or less of it is better."""
+    use_best: bool = False
+    """Export the best weights to model/ at the end instead of the last."""
+    patience: int | None = None
+    """Stop after this many evaluations without a new best; None: never."""
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 1:
+            raise ValueError("every must be at least 1, or None for the end only")
+        if self.keep < 1:
+            raise ValueError("keep must be at least 1")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError("patience must be at least 1 evaluation, or None")
+        if self.best_metric is None and (self.use_best or self.patience is not None):
+            raise ValueError("use_best and patience need a best_metric")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Everything about the optimization that no method decides."""
+
+    learning_rate: float | None = None
+    """Peak learning rate; None: by the size of what is trained (see docs/training.md), and logged."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate over the steps after warm-up; linear and cosine end at 0."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are scaled down to this norm; None: never."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW's numbers."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of forward and backward: fp32, or bf16 over fp32 weights; auto: bf16 on GPUs that have it, else fp32."""
+    micro_batch_tokens: int = 8192
+    """Most padded tokens of a forward and backward pass; the result does not depend on it, memory does."""
+    micro_batch_size: int | None = None
+    """Most rows of a forward and backward pass; None: as many as micro_batch_tokens allows."""
+    recompute_logprobs: bool | None = None
+    """Old log-probs from a training forward instead of from sampling; None: in bf16, where the two differ."""
+    preflight: bool = True
+    """Check before the first update that KL is 0, the ratio 1, and cached and uncached passes agree."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Held-out evaluation."""
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints, the best one, early stop."""
+    tracking: tuple[Tracker, ...] = ()
+    """Experiment trackers to log to, beside metrics.jsonl."""
+    progress: bool | None = None
+    """Live progress on the terminal; None: where there is one."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError("learning_rate must be positive, or None for the default of the model's size")
+        if self.warmup_steps < 0:
+            raise ValueError("warmup_steps must not be negative")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise ValueError("max_grad_norm must be positive, or None to clip nothing")
+        if self.micro_batch_tokens < 1 or (self.micro_batch_size is not None and self.micro_batch_size < 1):
+            raise ValueError("micro_batch_tokens and micro_batch_size must be at least 1")

@@ -1,0 +1,50 @@
+"""The optimizer and the course of its learning rate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from tropism.training.config import TrainerConfig
+
+FULL_RATE_AT = (1e-5, 135e6)
+"""Learning rate for training all of that many weights; smaller models take larger steps (see ``default_learning_rate``)."""
+ADAPTER_FACTOR = 20.0
+MAX_RATE = 1e-3
+
+
+def default_learning_rate(weights: int, *, adapters: bool) -> float:
+    """A learning rate for a model of ``weights`` parameters.
+
+    rate = 1e-5 * sqrt(135e6 / weights), twenty times that for adapters, at most 1e-3. Adam's step is a fixed size per
+    weight, and what a step does to the output grows with the width of the layers, hence the root.
+    """
+    rate = FULL_RATE_AT[0] * math.sqrt(FULL_RATE_AT[1] / max(1, weights))
+    return min(MAX_RATE, rate * (ADAPTER_FACTOR if adapters else 1.0))
+
+
+def build_optimizer(policy: nn.Module, config: TrainerConfig, *, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW over everything trainable; weight decay on matrices alone, not on biases, norms and the value head."""
+    named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if p.dim() >= 2 and not name.startswith("value_head")]
+    chosen = {id(p) for p in matrices}
+    groups = [
+        {"params": matrices, "weight_decay": config.optimizer.weight_decay},
+        {"params": [p for _, p in named if id(p) not in chosen], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=config.optimizer.betas, eps=config.optimizer.eps)
+
+
+def rate_factor(config: TrainerConfig, *, step: int, total_steps: int) -> float:
+    """Share of the peak learning rate during ``step`` (from 0) of ``total_steps``; all updates of a step share it."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return 1.0
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    if config.schedule == "linear":
+        return max(0.0, 1.0 - progress)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))

@@ -1,0 +1,115 @@
+"""Checks on the real model and prompts before the first update: what is wrong fails here, loudly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tropism.errors import NumericsError
+from tropism.models.policy import Policy, Reference
+from tropism.rollouts.config import Sampling
+from tropism.rollouts.protocol import Sampler
+from tropism.rollouts.randomness import StreamKey
+from tropism.types import Prompt, Rollouts
+
+EXACT_LIMIT = 1e-2
+"""Nats by which sampling and training forward may differ in fp32 before a run is refused."""
+REDUCED_LIMIT = 0.5
+"""The same where the arithmetic is bf16; there old log-probs are recomputed."""
+NEW_TOKENS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreflightReport:
+    """What the checks measured, in nats per token."""
+
+    sampler_mismatch: float
+    """Largest |log-prob while sampling - log-prob in the training forward|."""
+    padding_mismatch: float
+    """Largest change of a log-prob when padding moves from the right to the left."""
+    reference_kl: float | None
+    """Largest |log-prob of the policy - log-prob of the reference| from the same forward path; None without a reference."""
+
+
+@torch.no_grad()
+def sample_rows(
+    policy: Policy, sampler: Sampler, prompts: Sequence[Prompt], *, sampling: Sampling, seed: int
+) -> tuple[list[Prompt], Rollouts]:
+    """A few tokens for two prompts of different lengths (one where there is only one)."""
+    ordered = sorted(prompts, key=lambda p: len(p.ids))
+    chosen = [ordered[0], ordered[len(ordered) // 2]][: len(prompts)]
+    short = replace(
+        sampling, max_new_tokens=min(NEW_TOKENS, sampling.max_new_tokens), min_new_tokens=min(1, sampling.min_new_tokens)
+    )
+    rollouts = sampler.generate(policy, chosen, short, 1, key=StreamKey(seed=seed, purpose="checks"))
+    return chosen, rollouts.to(policy.device)
+
+
+@torch.no_grad()
+def preflight(
+    policy: Policy, reference: Reference | None, rollouts: Rollouts, *, exact: bool, fresh: bool
+) -> PreflightReport:
+    """Compare every path to the same log-probs.
+
+    Checked are: log-probs out of (cached) sampling against one training forward, which covers positions, padding,
+    cache and the eos token; right against left padding; and, before the first update, policy against reference
+    (ratio 1, KL 0).
+
+    Args:
+        rollouts: of ``sample_rows``.
+        exact: fp32 arithmetic.
+        fresh: nothing was trained yet, so policy and reference must be equal.
+
+    Raises:
+        NumericsError: a check failed; the message says which, by how much, and the likely cause.
+    """
+    forward = _logprobs(policy, rollouts)
+    limit = EXACT_LIMIT if exact else REDUCED_LIMIT
+    report = PreflightReport(
+        sampler_mismatch=_largest(forward - rollouts.logprobs),
+        padding_mismatch=_padding_mismatch(policy, rollouts, forward),
+        reference_kl=_reference_gap(reference, rollouts, forward) if reference is not None else None,
+    )
+    if report.sampler_mismatch > limit:
+        raise NumericsError(
+            f"log-probs of sampling and of the training forward differ by {report.sampler_mismatch:.3g} nats (limit {limit}): "
+            "the model's cache, positions or dropout are not what training assumes. Please report the model"
+        )
+    if report.padding_mismatch > limit:
+        raise NumericsError(
+            f"log-probs change by {report.padding_mismatch:.3g} nats when padding moves to the other side (limit {limit}): "
+            "the model mishandles attention masks or positions. Please report the model"
+        )
+    if fresh and report.reference_kl:
+        raise NumericsError(
+            f"before the first update policy and reference differ by {report.reference_kl:.3g} nats; they must be equal. "
+            "Is the adapter fresh, and dropout off?"
+        )
+    return report
+
+
+def _logprobs(policy: Any, rollouts: Rollouts) -> Tensor:
+    output = policy(**rollouts.inputs, temperature=rollouts.temperature)
+    return output.logprobs.float()  # type: ignore[no-any-return]
+
+
+def _largest(difference: Tensor) -> float:
+    return float(difference.abs().max())
+
+
+def _padding_mismatch(policy: Policy, rollouts: Rollouts, right: Tensor) -> float:
+    before = policy.padding
+    try:
+        policy.padding = "left"
+        return _largest(_logprobs(policy, rollouts) - right)
+    finally:
+        policy.padding = before
+
+
+def _reference_gap(reference: Reference, rollouts: Rollouts, forward: Tensor) -> float:
+    with reference.active() as model:
+        return _largest(_logprobs(model, rollouts) - forward)

@@ -1,0 +1,102 @@
+"""Progress of a run on the terminal; quiet where there is none."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class ProgressDisplay(Protocol):
+    """What a run tells about itself while it goes on."""
+
+    def step(self, step: int, numbers: Mapping[str, float]) -> None: ...
+    def say(self, message: str) -> None: ...
+    def stage(self, name: str) -> None: ...
+
+
+class Quiet:
+    """Says warnings on standard error, nothing else."""
+
+    def step(self, step: int, numbers: Mapping[str, float]) -> None: ...
+    def stage(self, name: str) -> None: ...
+
+    def say(self, message: str) -> None:
+        print(message, file=sys.stderr)
+
+
+class Live:
+    """A bar with step, reward, KL, tokens per second and time left."""
+
+    SHOWN = (
+        ("reward/mean", "reward {:.3f}"),
+        ("loss/nll", "loss {:.3f}"),
+        ("policy/sequence_kl", "KL {:.2f}"),
+        ("throughput/tokens_per_second", "{:.0f} tok/s"),
+    )
+
+    def __init__(self, progress: Progress, task: int) -> None:
+        self.progress = progress
+        self.task = task
+
+    def step(self, step: int, numbers: Mapping[str, float]) -> None:
+        parts = [text.format(numbers[name]) for name, text in self.SHOWN if name in numbers]
+        self.progress.update(self.task, completed=step, numbers="  ".join(parts))  # type: ignore[arg-type]
+
+    def stage(self, name: str) -> None:
+        self.progress.update(self.task, description=name)  # type: ignore[arg-type]
+
+    def say(self, message: str) -> None:
+        self.progress.console.print(message)
+
+
+class Lines:
+    """A line now and then, for terminals that cannot redraw and for logs."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self.console, self.total = console, total
+        self.last = 0.0
+
+    def step(self, step: int, numbers: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        if now - self.last >= 10 or step == self.total:
+            self.last = now
+            parts = [text.format(numbers[name]) for name, text in Live.SHOWN if name in numbers]
+            self.console.print(f"step {step}/{self.total}  " + "  ".join(parts), highlight=False)
+
+    def stage(self, name: str) -> None: ...
+
+    def say(self, message: str) -> None:
+        self.console.print(message)
+
+
+@contextmanager
+def show_progress(total: int, *, done: int, wanted: bool | None, main: bool) -> Iterator[ProgressDisplay]:
+    """A display for a run of ``total`` steps of which ``done`` are done.
+
+    Args:
+        wanted: None shows a bar on a terminal and nothing elsewhere (CI, pipes); True shows lines there; False nothing.
+    """
+    console = Console(stderr=True)
+    live = console.is_terminal and "CI" not in os.environ
+    if not main or wanted is False or (wanted is None and not live):
+        yield Quiet()
+    elif not live:
+        yield Lines(console, total)
+    else:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as progress:
+            yield Live(progress, progress.add_task("training", total=total, completed=done, numbers=""))

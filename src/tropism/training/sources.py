@@ -1,0 +1,271 @@
+"""Where batches come from: a data set (SFT), or the policy's own completions (PPO, GRPO, RLOO)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tropism.algorithms.base import CollectStats, OnPolicyAlgorithm, Scorer
+from tropism.data.demonstrations import Demonstration, collate_demonstrations
+from tropism.data.order import PromptStream, epoch_order
+from tropism.errors import ConfigError
+from tropism.ops import kl_k1, masked_sum
+from tropism.rewards import RewardHarness
+from tropism.rollouts.config import Sampling
+from tropism.rollouts.protocol import Sampler
+from tropism.rollouts.randomness import StreamKey
+from tropism.training.interrupt import Interrupts
+from tropism.training.processes import Processes
+from tropism.types import Batch, Metrics, PolicyBatch, Prompt, RewardBatch, RewardInputs, Rollouts
+
+
+class Transcribe(Protocol):
+    """Rollouts as reward functions see them: text, ids, finish reasons and columns."""
+
+    def __call__(self, rollouts: Rollouts, prompts: Sequence[Prompt], trainer_state: Mapping[str, int]) -> RewardInputs: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """One collect as it is written to the run folder."""
+
+    step: int
+    rollouts: Rollouts
+    inputs: RewardInputs
+    rewards: RewardBatch
+    batch: PolicyBatch
+    metrics: Metrics
+    timings: Metrics
+
+
+class RolloutSource:
+    """Samples completions, scores them, lets the method make a batch, and yields its minibatches epoch by epoch.
+
+    Its state is the position in the prompts and, inside a collect, the batch in use with the cursor in it.
+    """
+
+    def __init__(
+        self,
+        *,
+        algorithm: OnPolicyAlgorithm[Any],
+        prompts: Sequence[Prompt],
+        prompts_per_step: int,
+        sampler: Sampler,
+        sampling: Sampling,
+        harness: RewardHarness,
+        transcribe: Transcribe,
+        policy: Any,
+        scorer: Scorer,
+        reference: Scorer | None,
+        processes: Processes,
+        seed: int,
+        total_steps: int,
+        recompute_logprobs: bool,
+        interrupts: Interrupts,
+        on_collect: Callable[[Collected], None],
+    ) -> None:
+        self.algorithm, self.sampler, self.sampling = algorithm, sampler, sampling
+        self.harness, self.transcribe, self.processes = harness, transcribe, processes
+        self.policy, self.scorer, self.reference = policy, scorer, reference
+        self.prompts_per_step, self.seed, self.total_steps = prompts_per_step, seed, total_steps
+        self.recompute_logprobs = recompute_logprobs
+        self.interrupts, self.on_collect = interrupts, on_collect
+        self.stream = PromptStream(prompts, seed=seed)
+        self.collects = 0
+        self.batch: PolicyBatch | None = None
+        self.cursor = 0
+        size, total = algorithm.config.minibatch_size, prompts_per_step * algorithm.config.group_size
+        if size is not None and total % size:
+            raise ConfigError(
+                f"minibatch_size={size} does not divide the {total} completions of a step "
+                f"({prompts_per_step} prompts x {algorithm.config.group_size}): choose a divisor"
+            )
+        self.minibatch_size = size or total
+
+    @property
+    def updates_per_collect(self) -> int:
+        return self.algorithm.config.num_epochs * len(self.batch or ()) // self.minibatch_size
+
+    @property
+    def done(self) -> bool:
+        return self.cursor >= self.updates_per_collect
+
+    def collect(self, policy: Any) -> Iterator[Batch]:
+        """The remaining minibatches of the collect in progress, or all of a new one."""
+        if self.batch is None:
+            stream, moments = self.stream.state_dict(), self.harness.state_dict()
+            try:
+                with self.interrupts.abandonable():
+                    self.batch = self._make_batch()
+            except BaseException:  # interrupted or failed: as if this collect had not begun
+                self.stream.load_state_dict(stream)
+                self.harness.load_state_dict(moments)
+                raise
+            self.cursor = 0
+        per_epoch = len(self.batch) // self.minibatch_size
+        while not self.done:
+            epoch, place = divmod(self.cursor, per_epoch)
+            self.cursor += 1
+            yield self.batch.select(self._order(epoch)[place * self.minibatch_size : (place + 1) * self.minibatch_size])
+
+    def _order(self, epoch: int) -> Tensor:
+        """Rows of the batch in the order of this epoch; keyed, so a resumed run finds the same."""
+        assert self.batch is not None
+        if self.minibatch_size == len(self.batch):
+            return torch.arange(len(self.batch))
+        return torch.tensor(epoch_order(len(self.batch), seed=self.seed, epoch=self.collects * 1000 + epoch))
+
+    def finish(self) -> CollectStats:
+        """Forget the batch; the next ``collect`` samples anew."""
+        assert self.batch is not None
+        stats = CollectStats(
+            samples=len(self.batch),
+            tokens=int(self.batch.completion_lengths.sum()),
+            sequence_kl=_sequence_kl(self.batch),
+        )
+        self.batch = None
+        self.cursor = 0
+        self.collects += 1
+        return stats
+
+    def _make_batch(self) -> PolicyBatch:
+        started = time.perf_counter()
+        group = self.algorithm.config.group_size
+        prompts = [prompt for _, prompt in self.stream.take(self.prompts_per_step)]
+        rollouts = self._sample(prompts)
+        sampled = time.perf_counter()
+        state = {"step": self.collects, "total_steps": self.total_steps}
+        per_row = [prompt for prompt in prompts for _ in range(group)]
+        inputs, rewards = self._score(rollouts, per_row, state)
+        scored = time.perf_counter()
+        if self.recompute_logprobs:
+            logprobs = self.scorer.logprobs(rollouts, temperature=rollouts.temperature)
+            mismatch = float(masked_sum((logprobs - rollouts.logprobs).abs(), rollouts.completion_mask))
+            rollouts = replace(rollouts, logprobs=logprobs)
+        with torch.no_grad():
+            batch = self.algorithm.make_batch(self.scorer, self.reference, rollouts, rewards)
+        metrics = collect_metrics(rollouts, rewards, batch, group) | self.algorithm.collect_metrics(batch)
+        if self.recompute_logprobs:
+            metrics["rollout/logprob_mismatch"] = mismatch / max(1, int(rollouts.completion_lengths.sum()))
+        timings = {
+            "time/rollout": sampled - started,
+            "time/reward": scored - sampled,
+            "time/make_batch": time.perf_counter() - scored,
+            "throughput/tokens_per_second": float(rollouts.completion_lengths.sum()) / max(1e-9, sampled - started),
+        }
+        self.on_collect(
+            Collected(
+                step=self.collects + 1, rollouts=rollouts, inputs=inputs, rewards=rewards, batch=batch,
+                metrics=metrics, timings=timings,
+            )
+        )
+        return batch
+
+    def _sample(self, prompts: Sequence[Prompt]) -> Rollouts:
+        """Completions of all prompts on every process; each process samples its share."""
+        group = self.algorithm.config.group_size
+        first, mine = self.processes.share(prompts)
+        parts: list[Rollouts] = []
+        if mine:
+            key = StreamKey(seed=self.seed, purpose="training", collect=self.collects)
+            with self.processes.accelerator.autocast():
+                parts.append(
+                    self.sampler.generate(self.policy, mine, self.sampling, group, key=key, first_index=first * group)
+                )
+        return Rollouts.concat(self.processes.gather(parts)).to("cpu")
+
+    def _score(
+        self, rollouts: Rollouts, prompts: Sequence[Prompt], state: Mapping[str, int]
+    ) -> tuple[RewardInputs, RewardBatch]:
+        """Each process scores its share of the completions; all combine the same raw rewards."""
+        inputs = self.transcribe(rollouts, prompts, state)
+        first, mine = self.processes.share(range(len(rollouts)))
+        raw = self.harness.evaluate(inputs.rows(first, first + len(mine))) if mine else None
+        parts = self.processes.gather([raw] if raw is not None else [])
+        merged = type(parts[0]).concat(parts)
+        return inputs, self.harness.combine(merged, rollouts.completion_lengths, rollouts.completion_ids.shape[1])
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """JSON-able values, and the tensors of the batch in use."""
+        values: dict[str, Any] = {
+            "stream": self.stream.state_dict(),
+            "collects": self.collects,
+            "cursor": self.cursor,
+            "rewards": self.harness.state_dict(),
+            "batch": None,
+        }
+        if self.batch is None:
+            return values, {}
+        tensors = self.batch.tensors()
+        values["batch"] = {f.name: getattr(self.batch, f.name) for f in fields(self.batch) if f.name not in tensors}
+        return values, tensors
+
+    def load_state_dict(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.stream.load_state_dict(values["stream"])
+        self.collects, self.cursor = int(values["collects"]), int(values["cursor"])
+        self.harness.load_state_dict(values["rewards"])
+        self.batch = PolicyBatch(**tensors, **values["batch"]) if values["batch"] is not None else None
+
+
+def _sequence_kl(batch: PolicyBatch) -> float:
+    kl = (kl_k1(batch.old_logprobs, batch.ref_logprobs) * batch.completion_mask).sum(-1)
+    return float(kl.mean())
+
+
+def collect_metrics(rollouts: Rollouts, rewards: RewardBatch, batch: PolicyBatch, group_size: int) -> Metrics:
+    """What is logged about one collect."""
+    scored = rewards.totals[rewards.scored]
+    groups = rewards.totals.view(-1, group_size)
+    lengths = rollouts.completion_lengths.float()
+    distinct = {tuple(row[:n].tolist()) for row, n in zip(rollouts.completion_ids, rollouts.completion_lengths, strict=True)}
+    metrics: Metrics = {
+        "reward/mean": float(scored.mean()) if len(scored) else float("nan"),
+        "reward/std": float(scored.std(correction=0)) if len(scored) else 0.0,
+        "reward/unscored": float((~rewards.scored).float().mean()),
+        "rollout/length_mean": float(lengths.mean()),
+        "rollout/tokens": float(lengths.sum()),
+        "rollout/eos_fraction": sum(reason == "eos" for reason in rollouts.finish_reasons) / len(rollouts),
+        "rollout/truncated_fraction": float(rollouts.truncated.float().mean()),
+        "rollout/empty_fraction": float((rollouts.completion_lengths <= 1).float().mean()),
+        "rollout/distinct": len(distinct) / len(rollouts),
+        "policy/sequence_kl": _sequence_kl(batch),
+        **{f"reward/{name}": float(values.nanmean()) for name, values in rewards.terms.items()},
+        **rewards.metrics,
+    }
+    if group_size > 1:
+        metrics["reward/zero_variance_groups"] = float((groups.amax(1) == groups.amin(1)).float().mean())
+    return metrics
+
+
+class DemonstrationSource:
+    """Batches of demonstrations, in a new keyed order every epoch. One batch is one step."""
+
+    def __init__(
+        self, demonstrations: Sequence[Demonstration], *, batch_size: int, seed: int, shuffle: bool = True
+    ) -> None:
+        self.stream = PromptStream(demonstrations, seed=seed, shuffle=shuffle)
+        self.batch_size = batch_size
+        self.seen = CollectStats(samples=0, tokens=0)
+
+    done = True
+
+    def collect(self, policy: Any) -> Iterator[Batch]:
+        items = [item for _, item in self.stream.take(self.batch_size)]
+        batch = collate_demonstrations(items)
+        self.seen = CollectStats(samples=len(batch), tokens=int(batch.loss_mask.sum()))
+        yield batch
+
+    def finish(self) -> CollectStats:
+        return self.seen
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """JSON-able values, and no tensors."""
+        return {"stream": self.stream.state_dict()}, {}
+
+    def load_state_dict(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.stream.load_state_dict(values["stream"])

@@ -1,0 +1,31 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and models beside the checkout; the test skips where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("the data folder ../shared is not beside this checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def stories(shared: Path) -> Path:
+    """A real 260 k-parameter language model with its tokenizer (bos = eos = 1)."""
+    return shared / "models" / "stories260k"
