@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tropism.errors import ConfigError, TropismError
@@ -366,6 +366,7 @@ PLAIN = st.recursive(
 
 
 @FUZZ
+@example(mapping={"a": "\x85", "\u2028": "\r\ufeff"})
 @given(mapping=st.dictionaries(st.text(max_size=6), PLAIN, max_size=3))
 def test_plain_data_survives_writing_and_reading(tmp_path, mapping):
     assert read(tmp_path, dump_yaml(mapping)) == mapping

@@ -16,18 +16,16 @@ from peft import PeftModel
 
 from tropism.algorithms.base import OnPolicyAlgorithm, RunFacts
 from tropism.config import Recipe
-from tropism.data.config import DataConfig
-from tropism.data.demonstrations import Demonstration, make_demonstrations
-from tropism.data.prompts import make_prompts
-from tropism.data.split import train_eval_split
-from tropism.errors import ConfigError, DataError
+from tropism.errors import ConfigError
 from tropism.evaluation.heldout import LossEvaluation, RewardEvaluation
+from tropism.evaluation.report import write_report
 from tropism.generation import TextPolicy
 from tropism.models.heads import ValueHead
 from tropism.models.loading import LoadedModel, load_model
 from tropism.models.lora import add_lora, add_reference_adapter
 from tropism.models.policy import Policy, Reference
 from tropism.models.saving import save_plain
+from tropism.recipe_data import demonstrations_of, prompts_of
 from tropism.rewards import RewardHarness
 from tropism.rollouts.engine import EmbeddedSampler
 from tropism.rollouts.transcribe import Transcriber
@@ -85,7 +83,7 @@ class Assembly:
         config = recipe.algorithm
         self.harness = None if recipe.reward is None else RewardHarness(recipe.reward, allow_code=allow_code)
         self.processes = Processes(_accelerator(recipe))
-        path = Path(recipe.run) if recipe.run else _free_run(config.name)
+        path = Path(recipe.run) if recipe.run else free_run(config.name)
         path = Path(self.processes.from_main(str(path)))
         self.folder = _open_folder(path, self.processes, resume=resume)
         self.checkpoint = self._newest_checkpoint() if resume else None
@@ -105,13 +103,13 @@ class Assembly:
             processes=self.processes,
             policy=self.policy,
             evaluations=[],
-            export=lambda where: save_plain(self.loaded.model, self.loaded.tokenizer, where),
+            export=self._export,
             interrupts=Interrupts(),
+            begin=self._write_head,
         )
         source = self._on_policy_source() if config.on_policy else self._demonstration_source()
         self.trainer = self._build_trainer(source)
         self.run.attach(self.trainer)
-        self._write_head()
 
     # Model -----------------------------------------------------------------------------------------------------------
 
@@ -137,7 +135,7 @@ class Assembly:
             policy=wrapped,
             algorithm=self.algorithm,
             source=source,
-            optimizer=build_optimizer(self.policy, trainer, learning_rate=rate),
+            optimizer=build_optimizer(self.policy, trainer, head_rate=self.recipe.algorithm.head_rate),
             config=trainer,
             processes=self.processes,
             learning_rate=rate,
@@ -176,13 +174,9 @@ class Assembly:
 
     def _demonstration_source(self) -> DemonstrationSource:
         recipe, config = self.recipe, self.recipe.algorithm
-        train: Sequence[Demonstration] = self._demonstrations(recipe.data)
-        held_out: Sequence[Demonstration] = []
-        fraction = recipe.data.eval_fraction if isinstance(recipe.data, DataConfig) else 0.0
-        if recipe.eval_data is not None:
-            held_out = self._demonstrations(recipe.eval_data)
-        elif fraction > 0:
-            train, held_out = train_eval_split(train, fraction, seed=recipe.seed)
+        train, held_out = demonstrations_of(
+            recipe, self.loaded.tokenizer, context_length=self.policy.context_length
+        )
         if held_out:
             self.run.evaluations.append(LossEvaluation(held_out, scorer=self.scorer))
         if self.harness is not None:
@@ -193,35 +187,8 @@ class Assembly:
             train, batch_size=recipe.prompts_per_step, seed=recipe.seed, shuffle=config.shuffle  # type: ignore[attr-defined]
         )
 
-    def _demonstrations(self, data: Any) -> list[Demonstration]:
-        config: Any = self.recipe.algorithm
-        limit = config.max_length or self.policy.context_length
-        source, settings = _source_and_settings(data)
-        return make_demonstrations(
-            source, self.loaded.tokenizer, settings, max_length=limit, completion_only=config.completion_only
-        )
-
     def _prompts(self) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
-        """Prompts to train on, and held-out ones."""
-        recipe = self.recipe
-        prompts: Sequence[Prompt] = self._make_prompts(recipe.data)
-        if not prompts:
-            raise DataError("the data holds no prompts")
-        if recipe.eval_data is not None:
-            return prompts, self._make_prompts(recipe.eval_data)
-        fraction = recipe.data.eval_fraction if isinstance(recipe.data, DataConfig) else 0.0
-        return train_eval_split(prompts, fraction, seed=recipe.seed) if fraction > 0 else (prompts, [])
-
-    def _make_prompts(self, data: Any) -> list[Prompt]:
-        limit = self.policy.context_length
-        room = None if limit is None else limit - self.recipe.sampling.max_new_tokens
-        if room is not None and room < 1:
-            raise ConfigError(
-                f"sampling.max_new_tokens={self.recipe.sampling.max_new_tokens} leaves no room for a prompt in the model's "
-                f"context of {limit}"
-            )
-        source, settings = _source_and_settings(data)
-        return make_prompts(source, self.loaded.tokenizer, settings, max_length=room)
+        return prompts_of(self.recipe, self.loaded.tokenizer, context_length=self.policy.context_length)
 
     def _reward_evaluation(self, prompts: Sequence[Prompt]) -> Evaluation:
         assert self.harness is not None
@@ -261,6 +228,9 @@ class Assembly:
         return read_checkpoint(path)
 
     def _write_head(self) -> None:
+        """The first files of the run folder; only here, so that what fails before training leaves nothing behind."""
+        if self.processes.is_main:
+            self.folder.create()
         if self.processes.is_main and not self.resumed:
             self.folder.write_recipe(self.recipe.to_yaml())
             device = self.policy.device
@@ -275,6 +245,11 @@ class Assembly:
             )
         if self.recipe.trainer.tracking:
             self.processes.accelerator.init_trackers(self.folder.path.name, config={"recipe": self.recipe.to_yaml()})
+
+    def _export(self) -> None:
+        """The trained model as a plain Hugging Face folder, and the report."""
+        save_plain(self.loaded.model, self.loaded.tokenizer, self.folder.path / "model")
+        write_report(self.folder.path)
 
     def result(self) -> Result:
         return Result(
@@ -298,7 +273,7 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     )
 
 
-def _free_run(method: str) -> Path:
+def free_run(method: str) -> Path:
     """runs/<method>-<number> with the first number that is free."""
     number = 1
     while (path := Path("runs") / f"{method}-{number}").exists():
@@ -307,7 +282,7 @@ def _free_run(method: str) -> Path:
 
 
 def _open_folder(path: Path, processes: Processes, *, resume: bool) -> RunFolder:
-    """The first process creates (or refuses) the folder; the others then find it there."""
+    """The first process looks whether the folder may be used, for all of them."""
     problem, folder = None, None
     if processes.is_main:
         try:
@@ -342,14 +317,3 @@ def _build_policy(recipe: Recipe) -> tuple[LoadedModel, Policy]:
         text_config = loaded.model.config.get_text_config()
         head = ValueHead(text_config.hidden_size).to(next(model.parameters()).device)
     return replace(loaded, model=model), Policy(model, value_head=head)
-
-
-def _source_and_settings(data: Any) -> tuple[Any, DataConfig | None]:
-    """Readers take the data itself, or its configuration."""
-    if isinstance(data, DataConfig):
-        return data, data
-    if isinstance(data, (str, Path)):
-        config = DataConfig(path=str(data))
-        return config, config
-    return data, None
-

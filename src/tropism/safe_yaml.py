@@ -71,6 +71,11 @@ class _Dumper(yaml.SafeDumper):  # type: ignore[misc,unused-ignore]
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_text(self, data: str) -> Any:
+        # Line breaks other than the newline survive between double quotes only, where they are escaped.
+        style = '"' if re.search("[\r\x85\u2028\u2029\ufeff]", data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
 
 def _marked(problem: str, mark: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
@@ -95,6 +100,7 @@ _Loader.yaml_constructors = {
     "tag:yaml.org,2002:map": _Loader.construct_yaml_map,
     None: _Loader.refuse_tag,
 }
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def is_plain_scalar(text: str) -> bool:

@@ -213,9 +213,9 @@ CHATS = [{"prompt": QUESTION, "completion": ANSWER}, {"prompt": [*QUESTION, *ANS
 def test_same_tokens_and_labels_as_trl(stories, tmp_path, chatml, records, completion_only):
     """What TRL 1.16 does, and we do too.
 
-    It writes the eos behind text and completion unless it is spelled out there, encodes prompt + completion in one piece,
-    lets the completion begin where that departs from the prompt's ids, keeps the start of what is too long and drops
-    what then has nothing to learn. Chats get what the template gives, without another eos.
+    It writes the eos behind text and completion unless it is spelled out there, encodes prompt + completion in one
+    piece, lets the completion begin where that departs from the prompt's ids, keeps the start of what is too long and
+    drops what then has nothing to learn. Chats get what the template gives, without another eos.
     """
     trl = pytest.importorskip("trl")
     import datasets

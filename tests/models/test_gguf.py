@@ -17,7 +17,8 @@ from tiny_models import VOCABULARY
 from tropism.errors import ModelError
 from tropism.models import demo_model, loading
 from tropism.models.loading import LoadedModel, load_model
-from tropism.models.saving import save_plain
+from tropism.models.lora import LoRA, add_lora
+from tropism.models.saving import save_adapter, save_plain
 
 IDS = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -100,6 +101,19 @@ def test_a_gguf_file_loads_saves_and_loads_again(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(again.model), expected, atol=1e-5, rtol=0)
     assert again.tokenizer("abc").input_ids == loaded.tokenizer("abc").input_ids
     assert again.tokens == loaded.tokens
+
+
+@pytest.mark.parametrize("name", ["file", "demo"])
+def test_an_adapter_on_a_gguf_file_finds_its_base_again(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setattr(loading, "demo_model_path", lambda: tmp_path / "tiny.gguf")
+    base = load_model("demo" if name == "demo" else str(tmp_path / "tiny.gguf")).model
+    assert isinstance(base, PreTrainedModel)
+    model = add_lora(base, LoRA(rank=2), seed=0)
+    save_adapter(model, tmp_path / "adapter")
+    torch.testing.assert_close(logits(load_model(str(tmp_path / "adapter")).model), logits(model), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ from tropism.types import RewardInputs
 def make_inputs() -> Callable[..., RewardInputs]:
     """Reward inputs of some completions; each has as many tokens as words unless ``ids`` are given."""
 
-    def make(completions: list[Any], ids: list[list[int]] | None = None, step: int = 3, **columns: list[Any]) -> RewardInputs:
+    def make(
+        completions: list[Any], ids: list[list[int]] | None = None, step: int = 3, **columns: list[Any]
+    ) -> RewardInputs:
         texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
         return RewardInputs(
             prompts=[f"prompt {row}" for row in range(len(completions))],

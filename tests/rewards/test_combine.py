@@ -127,7 +127,7 @@ def test_reference_waits_for_a_batch_whose_rewards_differ() -> None:
 
 @pytest.mark.parametrize("rewards", [[0.1] * 7, [1 / 3], [1e30] * 3, [None, None]])
 @pytest.mark.parametrize("settings", [{"scale": "running"}, {"scale": "reference"}])
-def test_equal_or_single_rewards_are_not_divided(rewards: list[float | None], settings: dict[str, str]) -> None:
+def test_equal_or_single_rewards_are_not_divided(rewards: list[float | None], settings: dict[str, Any]) -> None:
     batch = combine(harness(**settings), a=rewards)
     assert batch.per_completion.tolist() == torch.tensor([value or 0.0 for value in rewards]).tolist()
 
@@ -163,7 +163,8 @@ def test_moments_can_be_used_without_moving_them() -> None:
 def test_state_round_trip_through_json_continues_bit_for_bit() -> None:
     stream = random.Random(1)
     batches = [[stream.gauss(0.0, 1.0) for _ in range(4)] for _ in range(4)]
-    for settings in ({"scale": "running"}, {"scale": "reference"}, {"normalise": True}):
+    choices: list[dict[str, Any]] = [{"scale": "running"}, {"scale": "reference"}, {"normalise": True}]
+    for settings in choices:
         whole, first = harness(**settings), harness(**settings)
         uninterrupted = [combine(whole, a=batch).per_completion for batch in batches]
         for batch in batches[:2]:
@@ -176,7 +177,7 @@ def test_state_round_trip_through_json_continues_bit_for_bit() -> None:
 
 
 def test_unknown_state_is_refused() -> None:
-    with pytest.raises(ConfigError, match="reward state"):
+    with pytest.raises(ConfigError, match=r"reward state"):
         harness().load_state_dict({"count": 3})
 
 
@@ -193,14 +194,14 @@ def test_gathered_parts_give_what_one_process_gives() -> None:
 def test_huge_rewards_stay_finite_and_too_huge_ones_are_refused() -> None:
     batch = combine(harness(scale="running"), a=[1e30, -1e30, 1.0])
     assert batch.per_completion.isfinite().all()
-    with pytest.raises(RewardError, match="row 1 is 3e[+]39: lower the weights"):
+    with pytest.raises(RewardError, match=r"row 1 is 3e[+]39: lower the weights"):
         combine(harness({"a": 1e9}), a=[1.0, 3e30])
 
 
 def test_rows_must_match_the_lengths() -> None:
-    with pytest.raises(RewardError, match="2 rewards do not match lengths of shape"):
+    with pytest.raises(RewardError, match=r"2 rewards do not match lengths of shape"):
         combine(harness(), lengths=[3], a=[1.0, 2.0])
-    with pytest.raises(RewardError, match="row 1: 2 per-token rewards for 3 tokens"):
+    with pytest.raises(RewardError, match=r"row 1: 2 per-token rewards for 3 tokens"):
         combine(harness(), lengths=[3, 3], a=[1.0, [1.0, 2.0]])
-    with pytest.raises(RewardError, match="width 3 is less than the longest completion, 4"):
+    with pytest.raises(RewardError, match=r"width 3 is less than the longest completion, 4"):
         combine(harness(), lengths=[3, 4], a=[1.0, 2.0])

@@ -58,14 +58,16 @@ def test_trl_functions_that_its_package_ships(make_inputs: Make) -> None:
 
 
 def test_trl_function_with_trainer_state_and_logging(make_inputs: Make) -> None:
-    def shaped(completions: list[str], trainer_state: Any, log_metric: Any, log_extra: Any, **kwargs: Any) -> list[float]:
+    def shaped(
+        completions: list[str], trainer_state: Any, log_metric: Any, log_extra: Any, **kwargs: Any
+    ) -> list[float]:
         log_extra("upper", [completion.upper() for completion in completions])
         log_metric("share", 0.25)
         log_metric("share", 0.75)
         log_metric("undefined", float("nan"))
         assert trainer_state["step"] == trainer_state.step == trainer_state.global_step == 3
         assert trainer_state.max_steps == trainer_state["total_steps"] == 10
-        with pytest.raises(AttributeError, match="no 'epoch'.*step"):
+        with pytest.raises(AttributeError, match=r"no 'epoch'.*step"):
             _ = trainer_state.epoch
         return [1.0] * len(completions)
 
@@ -78,7 +80,9 @@ def test_trl_function_with_trainer_state_and_logging(make_inputs: Make) -> None:
 def test_only_what_is_asked_for_is_passed(make_inputs: Make) -> None:
     seen: dict[str, Any] = {}
 
-    def narrow(completion_ids: list[list[int]], label: list[int], finish_reasons: list[str], other: int = 7) -> list[float]:
+    def narrow(
+        completion_ids: list[list[int]], label: list[int], finish_reasons: list[str], other: int = 7
+    ) -> list[float]:
         seen.update(ids=completion_ids, label=label, finish=finish_reasons, other=other)
         return [0.0, 0.0]
 
@@ -169,11 +173,15 @@ def test_an_argument_that_is_not_there_is_named(make_inputs: Make) -> None:
 
     for on_error in ("raise", "skip"):
         harness = RewardHarness(RewardConfig.of({"use": reward, "on_error": on_error}))
-        with pytest.raises(RewardError, match="'reward', step 3 needs the argument 'solution'.*available: answer, prompts"):
+        with pytest.raises(
+            RewardError, match=r"'reward', step 3 needs the argument 'solution'.*available: answer, prompts"
+        ):
             harness.evaluate(make_inputs(TWO, answer=["x", "y"]))
 
 
-def test_the_librarys_arguments_hide_a_column_and_say_so_once(make_inputs: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_librarys_arguments_hide_a_column_and_say_so_once(
+    make_inputs: Make, caplog: pytest.LogCaptureFixture
+) -> None:
     harness = RewardHarness(RewardConfig.of(reward_len))
     inputs = make_inputs(TWO, completions_=["x", "y"])
     inputs = RewardInputs(**{**vars(inputs), "columns": {"completions": ["longer text", "y"]}})
@@ -185,7 +193,7 @@ def test_the_librarys_arguments_hide_a_column_and_say_so_once(make_inputs: Make,
 
 
 def test_inputs_of_different_lengths_are_refused(make_inputs: Make) -> None:
-    with pytest.raises(RewardError, match="'answer' has 1 entries for 2 completions"):
+    with pytest.raises(RewardError, match=r"'answer' has 1 entries for 2 completions"):
         values_of(reward_len, make_inputs(TWO, answer=["x"]))
 
 
@@ -256,7 +264,9 @@ def test_an_exception_names_function_step_prompt_and_place(reward: Any, make_inp
 
 def test_a_bad_value_names_function_step_row_and_prompt(make_inputs: Make) -> None:
     harness = RewardHarness(RewardConfig.of(lambda completions: [1.0, float("nan")]))
-    with pytest.raises(RewardError, match=r"reward 'reward', step 3, row 1 \(prompt 'prompt 1'\): returned NaN; return None"):
+    with pytest.raises(
+        RewardError, match=r"reward 'reward', step 3, row 1 \(prompt 'prompt 1'\): returned NaN; return None"
+    ):
         harness.evaluate(make_inputs(TWO))
     harness = RewardHarness(RewardConfig.of({"r": lambda completions: [1.0]}))
     with pytest.raises(RewardError, match=r"reward 'r' \(reward\), step 3 returned 1 rewards for 2 completions"):
@@ -266,11 +276,13 @@ def test_a_bad_value_names_function_step_row_and_prompt(make_inputs: Make) -> No
 def test_a_long_chat_prompt_is_shortened_in_messages(make_inputs: Make) -> None:
     inputs = make_inputs(TWO)
     inputs.prompts[0] = [{"role": "user", "content": "x" * 500}]
-    with pytest.raises(RewardError, match=f"first prompt: '{'x' * 57}[.][.][.]'"):
+    with pytest.raises(RewardError, match=rf"first prompt: '{'x' * 57}[.][.][.]'"):
         values_of(broken, inputs)
 
 
-@pytest.mark.parametrize("reward", [broken, broken_async, lambda completions: [float("nan")] * 2, lambda completions: [1.0]])
+@pytest.mark.parametrize(
+    "reward", [broken, broken_async, lambda completions: [float("nan")] * 2, lambda completions: [1.0]]
+)
 def test_skip_leaves_the_term_out_counts_it_and_warns(
     reward: Any, make_inputs: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -310,9 +322,9 @@ def test_extra_columns_need_one_value_per_completion_and_one_owner(make_inputs: 
 
         return reward
 
-    with pytest.raises(RewardError, match="logged 3 values as 'x' for 2 completions"):
+    with pytest.raises(RewardError, match=r"logged 3 values as 'x' for 2 completions"):
         values_of(logs("x", 3), make_inputs(TWO))
-    with pytest.raises(RewardError, match="'b'.* logs the column 'x', as another term does"):
+    with pytest.raises(RewardError, match=r"'b'.* logs the column 'x', as another term does"):
         RewardHarness(RewardConfig.of({"a": logs("x", 2), "b": logs("x", 2)})).evaluate(make_inputs(TWO))
 
 
@@ -321,7 +333,7 @@ def test_metrics_of_the_library_cannot_be_overwritten(make_inputs: Make) -> None
         log_metric("reward/mean", 1.0)
         return [1.0] * len(completions)
 
-    with pytest.raises(RewardError, match="logs 'reward/mean'"):
+    with pytest.raises(RewardError, match=r"logs 'reward/mean'"):
         values_of(reward, make_inputs(TWO))
 
 
@@ -346,7 +358,7 @@ def test_each_function_is_called_once_per_batch(make_inputs: Make) -> None:
 
 def test_dry_call_fails_on_a_broken_function_even_with_skip(make_inputs: Make) -> None:
     harness = RewardHarness(RewardConfig.of({"use": broken, "on_error": "skip"}))
-    with pytest.raises(RewardError, match="KeyError"):
+    with pytest.raises(RewardError, match=r"KeyError"):
         harness.dry_call(make_inputs(TWO))
 
 

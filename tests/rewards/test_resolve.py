@@ -55,7 +55,7 @@ def resolve(use: Any, *, allow_code: bool = True, **args: Any) -> Any:
 def test_code_runs_only_when_allowed(code: Path) -> None:
     code.write_text("raise SystemExit('this must not run')")
     for reference in (f"{code}:warm", "antigravity:fly"):
-        with pytest.raises(ConfigError, match="--allow-code"):
+        with pytest.raises(ConfigError, match=r"--allow-code"):
             resolve(reference, allow_code=False)
     assert "antigravity" not in sys.modules
 
@@ -117,13 +117,13 @@ def test_bad_references(reference: str, message: str, code: Path) -> None:
 @pytest.mark.parametrize("source", ["def (", "import no_such_module_here", "1 / 0", "\0"])
 def test_code_that_cannot_be_imported(source: str, code: Path) -> None:
     code.write_text(source)
-    with pytest.raises(ConfigError, match="importing .*mine.py failed: [A-Z]") as caught:
+    with pytest.raises(ConfigError, match=r"importing .*mine.py failed: [A-Z]") as caught:
         resolve(f"{code}:warm")
     assert caught.value.__cause__ is not None
 
 
 def test_unknown_arguments_of_a_function_are_named(code: Path) -> None:
-    with pytest.raises(ConfigError, match="takes no argument 'bonsu'. Did you mean 'bonus'"):
+    with pytest.raises(ConfigError, match=r"takes no argument 'bonsu'. Did you mean 'bonus'"):
         resolve(f"{code}:warm", bonsu=1.0)
 
 
@@ -160,11 +160,11 @@ def test_register_a_function_and_a_class(own_names: None) -> None:
     assert resolve("my-reward", allow_code=False)(["a"]) == [1.0]
     assert resolve("my-reward", allow_code=False, value=2.0)(["a"]) == [2.0]
     assert resolve("my-judge", allow_code=False, value=3.0)(["a"]) == [3.0]
-    with pytest.raises(ConfigError, match="needs the argument 'value'"):
+    with pytest.raises(ConfigError, match=r"needs the argument 'value'"):
         resolve("my-judge", allow_code=False)
 
 
 @pytest.mark.parametrize("name", ["vader", "a:b", "a/b", " "])
 def test_names_that_cannot_be_registered(name: str) -> None:
-    with pytest.raises(ConfigError, match="name"):
+    with pytest.raises(ConfigError, match=r"name"):
         register(name)

@@ -50,7 +50,13 @@ def test_none_means_unscored() -> None:
 
 @pytest.mark.parametrize(
     "row",
-    [[1, 2.0, True], (1, 2.0, 1), torch.tensor([1.0, 2.0, 1.0]), np.array([1, 2, 1]), [torch.tensor(1.0), 2, np.int8(1)]],
+    [
+        [1, 2.0, True],
+        (1, 2.0, 1),
+        torch.tensor([1.0, 2.0, 1.0]),
+        np.array([1, 2, 1]),
+        [torch.tensor(1.0), 2, np.int8(1)],
+    ],
     ids=repr,
 )
 def test_one_number_per_token(row: Any) -> None:
@@ -119,7 +125,7 @@ def test_parts_of_several_processes_join_in_order() -> None:
     assert joined.metrics == {"m": [1.0, 3.0], "n": [5.0]}
     assert joined.extras == {"x": ["p", "q", None]}
     assert joined.skipped == {"a": 2}
-    with pytest.raises(ValueError, match="different terms"):
+    with pytest.raises(ValueError, match=r"different terms"):
         RawRewards.concat([first, RawRewards(values={"c": [1.0]})])
-    with pytest.raises(ValueError, match="no parts"):
+    with pytest.raises(ValueError, match=r"no parts"):
         RawRewards.concat([])

@@ -91,7 +91,11 @@ def test_bad_values_are_named(value: Any, message: str) -> None:
 
 
 def test_the_mapping_of_a_config_gives_it_back() -> None:
-    value = {"terms": {"warmth": {"use": "vader", "weight": 2.0, "args": {"score": "pos"}}}, "clip": 10.0, "scale": "running"}
+    value = {
+        "terms": {"warmth": {"use": "vader", "weight": 2.0, "args": {"score": "pos"}}},
+        "clip": 10.0,
+        "scale": "running",
+    }
     config = RewardConfig.of(value)
     assert RewardConfig.of(config.to_mapping()) == config
     assert config.to_mapping() == {**value, "normalise": False, "on_error": "raise"}

@@ -72,6 +72,11 @@ class AlgorithmConfig(ABC):
         """Whether log-probs of the reference enter the batch."""
         return False
 
+    @property
+    def head_rate(self) -> float:
+        """Learning rate of the method's heads, as a multiple of the language model's."""
+        return 1.0
+
     @abstractmethod
     def build(self, facts: RunFacts) -> Algorithm[Any]:
         """The method with fresh state for one run."""

@@ -45,6 +45,8 @@ class Critic:
     """Weight of the value loss."""
     clip: float | None = 0.2
     """Values move at most this far from the old ones before their loss stops falling; None: no clipping."""
+    rate: float = 10.0
+    """The head's learning rate as a multiple of the policy's: it starts from zero, the policy from a trained model."""
     bootstrap_truncated: bool = False
     """The critic's estimate stands for what would have followed a completion cut by the length limit."""
 
@@ -67,23 +69,41 @@ class PPO(OnPolicyConfig):
     needs_value_head: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "lm-human-preferences/sentiment": {
+            "group_size": 1,
+            "critic": Critic(rate=1.0),
             "kl_coef": 0.15,
             "kl": KLControl(target=6.0, horizon=10_000),
             "whiten_rewards": True,
             "missing_eos": MissingEos(score=-1.0),
         },
         "lm-human-preferences/descriptiveness": {
+            "group_size": 1,
+            "critic": Critic(rate=1.0),
             "kl_coef": 0.15,
             "kl": KLControl(target=6.0, horizon=10_000),
             "whiten_rewards": True,
             "missing_eos": MissingEos(score=-1.0),
         },
-        "lm-human-preferences/cnndm": {"kl_coef": 0.01, "missing_eos": MissingEos(score=-1.0)},
-        "lm-human-preferences/tldr": {"kl_coef": 0.03, "missing_eos": MissingEos(score=-1.0)},
-        "trl": {"kl_coef": 0.05, "whiten_rewards": False},
-        "trlx": {"kl_coef": 0.001, "critic": Critic(coef=1.0)},
+        "lm-human-preferences/cnndm": {
+            "group_size": 1,
+            "critic": Critic(rate=1.0),
+            "kl_coef": 0.01,
+            "missing_eos": MissingEos(score=-1.0),
+        },
+        "lm-human-preferences/tldr": {
+            "group_size": 1,
+            "critic": Critic(rate=1.0),
+            "kl_coef": 0.03,
+            "missing_eos": MissingEos(score=-1.0),
+        },
+        "trl": {"group_size": 1, "kl_coef": 0.05, "critic": Critic(rate=1.0)},
+        "trlx": {"group_size": 1, "kl_coef": 0.001, "critic": Critic(coef=1.0, rate=1.0)},
     }
 
+    group_size: int = 4
+    """Completions sampled per prompt."""
+    kl_coef: float = 0.02
+    """Weight of the KL to the reference, in reward per nat of sequence KL; 0 trains without a reference."""
     num_epochs: int = 4
     """Passes over each collect's completions."""
     clip_low: float = 0.2
@@ -113,6 +133,10 @@ class PPO(OnPolicyConfig):
             raise ValueError("gamma and lam must lie between 0 and 1")
         if self.clip_low < 0 or self.clip_high < 0:
             raise ValueError("clip_low and clip_high must not be negative")
+
+    @property
+    def head_rate(self) -> float:
+        return self.critic.rate
 
     def build(self, facts: RunFacts) -> PPOAlgorithm:
         return PPOAlgorithm(self, facts)

@@ -37,6 +37,8 @@ class RLOO(OnPolicyConfig):
 
     group_size: int = 4
     """Completions per prompt; at least 2."""
+    kl_coef: float = 0.02
+    """Weight of the KL to the reference, in reward per nat of sequence KL; 0 trains without a reference."""
     clip_low: float = 0.2
     """The ratio of a completion's probabilities is clipped below at 1 - clip_low."""
     clip_high: float = 0.2

@@ -51,7 +51,7 @@ class RunData:
 
     folder: Path
     metrics: list[dict[str, Any]] = field(default_factory=list)
-    """Lines of ``metrics.jsonl`` in order."""
+    """Lines of ``metrics.jsonl`` in order, then those of ``timings.jsonl``."""
     evaluations: list[Evaluation] = field(default_factory=list)
     """Ordered by step."""
     recipe: str = ""
@@ -81,7 +81,7 @@ class RunData:
         evaluations, skipped = _read_evaluations(path / "evaluations")
         return cls(
             folder=path,
-            metrics=_read_lines(path / "metrics.jsonl"),
+            metrics=_read_lines(path / "metrics.jsonl") + _read_lines(path / "timings.jsonl"),
             evaluations=evaluations,
             recipe=_read_text(path / "recipe.yaml"),
             warnings=_read_lines(path / "warnings.jsonl"),

@@ -165,7 +165,7 @@ def _load(config: ModelConfig) -> tuple[PreTrainedModel | PeftModel, PreTrainedT
     model: PreTrainedModel | PeftModel
     if config.name == DEMO:
         model, tokenizer = _load_gguf(demo_model_path(), config, dtype)
-        model.config.name_or_path = DEMO
+        _set_name(model, DEMO)
     elif path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"there is no file {path}{_closest(path)}")
@@ -278,8 +278,14 @@ def _load_gguf(path: Path, config: ModelConfig, dtype: torch.dtype) -> tuple[Pre
         raise ModelError(f"the GGUF file {path} cannot be loaded: {reason}") from error
     zero_dropout(model.config)
     plain = with_weights(model, model.state_dict())
-    plain.config.name_or_path = str(path)
+    _set_name(plain, str(path))
     return plain, tokenizer
+
+
+def _set_name(model: PreTrainedModel, name: str) -> None:
+    """Where the model came from, which an adapter that is saved later names as its base."""
+    model.name_or_path = name
+    model.config.name_or_path = name
 
 
 def _load_adapter(folder: Path, config: ModelConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:

@@ -134,8 +134,8 @@ class RewardConfig:
         if not isinstance(value, Mapping):
             if not (callable(value) or isinstance(value, (str, RewardTerm))):
                 raise ConfigError(
-                    f"reward: expected a callable, a name, or a mapping of names to rewards, not "
-                    f"{type(value).__name__}. Several rewards are given as {'name': (reward, weight), ...}."
+                    "reward: expected a callable, a name, or a mapping of names to rewards, not "
+                    f"{type(value).__name__}. Several rewards are given as {{'name': (reward, weight), ...}}."
                 )
             term = RewardTerm.of(value)
             return cls(terms={term.name: term})

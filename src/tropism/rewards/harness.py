@@ -56,16 +56,8 @@ class RewardHarness:
         return self._evaluate(inputs, skip=self.config.on_error == "skip")
 
     def dry_call(self, inputs: RewardInputs) -> RawRewards:
-        """Call the functions on sample rows before training, so that a broken one fails now; ``skip`` does not apply.
-
-        Warns of a term that has no opinion on any row, or gives all of them the same value.
-        """
-        raw = self._evaluate(inputs, skip=False)
-        for name, values in raw.values.items():
-            if len(values) > 1 and all(value == values[0] for value in values):
-                what = "has no opinion on" if values[0] is None else f"gives the same reward, {values[0]}, to"
-                logger.warning("reward %r %s all %d sample rows; is that meant?", name, what, len(values))
-        return raw
+        """Call the functions on sample rows before training, so that a broken one fails now; ``skip`` does not apply."""
+        return self._evaluate(inputs, skip=False)
 
     def combine(
         self, raw: RawRewards, lengths: Tensor, width: int, *, update_moments: bool = True, unscaled: bool = False

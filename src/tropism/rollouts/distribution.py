@@ -20,12 +20,11 @@ def penalise_repetition(logits: Tensor, ids: Sequence[Sequence[int]], penalty: f
 
     CTRL, https://arxiv.org/abs/1909.05858.
     """
-    logits = logits.clone()
-    for row, seen in enumerate(ids):
-        index = torch.tensor(sorted(set(seen)), device=logits.device)
-        values = logits[row, index]
-        logits[row, index] = torch.where(values > 0, values / penalty, values * penalty)
-    return logits
+    # Repeats fill the shorter rows up: a token written twice gets the same value twice.
+    longest = max(len(seen) for seen in ids)
+    index = torch.tensor([[*seen, *(seen[-1:] * (longest - len(seen)))] for seen in ids], device=logits.device)
+    values = logits.gather(-1, index)
+    return logits.scatter(-1, index, torch.where(values > 0, values / penalty, values * penalty))
 
 
 def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -77,9 +76,12 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _first_above(cumulative: Tensor, goal: Tensor, weights: Tensor) -> Tensor:
-    """[R, 1] first index with ``cumulative > goal`` and a weight above 0; the last such weight where rounding hides it."""
+    """[R, 1] first index with ``cumulative > goal`` and a weight above 0; the last such weight where rounding hides it.
+
+    Index 0 where no weight is above 0 (logits that are not numbers): the caller sees it by the token's log-prob.
+    """
     index = torch.arange(cumulative.shape[-1], device=cumulative.device)
     possible = weights > 0
     first = torch.where(possible & (cumulative > goal), index, index.numel()).amin(-1, keepdim=True)
-    last = torch.where(possible, index, -1).amax(-1, keepdim=True)
+    last = torch.where(possible, index, 0).amax(-1, keepdim=True)
     return torch.where(first < index.numel(), first, last)

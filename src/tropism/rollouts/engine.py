@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from math import isnan
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tropism.errors import ConfigError
+from tropism.errors import ConfigError, NumericsError
 from tropism.rollouts.config import Sampling
 from tropism.rollouts.distribution import draw, penalise_repetition, truncate
 from tropism.rollouts.kv_cache import SlabCache
@@ -40,7 +42,22 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
     behaviour_logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    spelled_stop: bool = False
+    """Whether a stop string has appeared, perhaps before the completion may end."""
     state: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    """What one forward pass over a prompt (and its streams) left behind."""
+
+    wave: int
+    """Number of that pass; the prefixes that it computed share ``cache``."""
+    cache: SlabCache
+    place: int
+    """First cache row of this prefix."""
+    hidden: Tensor
+    """[S, H] at the last token of each stream."""
 
 
 class EmbeddedSampler:
@@ -73,6 +90,8 @@ class EmbeddedSampler:
         """See ``Sampler.generate``."""
         if not prompts:
             raise ConfigError("there are no prompts to sample from")
+        if n < 1:
+            raise ConfigError(f"n is {n}; at least one completion per prompt must be asked for")
         prefixes = [
             (prompt.ids, *(tuple(ids) for ids in (streams[i] if streams is not None else ())))
             for i, prompt in enumerate(prompts)
@@ -145,7 +164,8 @@ class _Decoder:
         slack = SLACK if len(rows) > self.width else 1
         columns = self.longest + sampling.max_new_tokens + slack
         self.cache = self._new_cache(self.width * self.streams, columns, torch.zeros(0, dtype=torch.long))
-        self.prefilled: dict[tuple[tuple[int, ...], ...], tuple[SlabCache, int, Tensor]] = {}
+        self.prefilled: dict[tuple[tuple[int, ...], ...], _Prefill] = {}
+        self.waves = 0
         self.uses = Counter(row.prefixes for row in rows)
         self.hidden: Tensor | None = None
 
@@ -156,10 +176,8 @@ class _Decoder:
         while self.waiting or self.active:
             self._admit()
             tokens = self._sample()
-            going = [i for i, row in enumerate(self.active) if row.finish_reason is None]
-            if len(going) < len(self.active):
-                self._keep(going)
-                tokens = tokens[torch.tensor(going, dtype=torch.long, device=tokens.device)]
+            if any(row.finish_reason is not None for row in self.active):
+                tokens = tokens[self._drop_ended()]
             if self.active:
                 self._decode(tokens)
 
@@ -174,22 +192,21 @@ class _Decoder:
         missing = list(dict.fromkeys(row.prefixes for row in entering if row.prefixes not in self.prefilled))
         if missing:
             self._prefill(missing)
-        groups: dict[int, tuple[SlabCache, list[int]]] = {}
-        hidden = []
-        ordered = sorted(entering, key=lambda row: id(self.prefilled[row.prefixes][0]))
-        for row in ordered:
-            cache, place, last = self.prefilled[row.prefixes]
-            groups.setdefault(id(cache), (cache, []))[1].extend(range(place, place + self.streams))
-            hidden.append(last)
+        # Rows whose prefixes were computed together are copied together; the sort keeps the order reproducible.
+        entering.sort(key=lambda row: self.prefilled[row.prefixes].wave)
+        found = [self.prefilled[row.prefixes] for row in entering]
+        for _, group in groupby(found, key=lambda prefill: prefill.wave):
+            members = list(group)
+            places = [prefill.place + stream for prefill in members for stream in range(self.streams)]
+            self.cache.make_room(members[0].cache.cursor)
+            self.cache.append(members[0].cache, torch.tensor(places, device=self.policy.device))
+        for row in entering:
             self.uses[row.prefixes] -= 1
             if self.uses[row.prefixes] == 0:
                 del self.prefilled[row.prefixes]
-        for cache, places in groups.values():
-            self.cache.make_room(cache.cursor)
-            self.cache.append(cache, torch.tensor(places, device=self.policy.device))
-        entered = torch.stack(hidden)
+        entered = torch.stack([prefill.hidden for prefill in found])
         self.hidden = entered if self.hidden is None else torch.cat([self.hidden, entered])
-        self.active.extend(ordered)
+        self.active.extend(entering)
 
     def _prefill(self, missing: Sequence[tuple[tuple[int, ...], ...]]) -> None:
         """One forward pass over distinct prefixes, padded on the left; keeps their cache and last hidden states."""
@@ -203,7 +220,9 @@ class _Decoder:
         cache.advance(ids.shape[1])
         for index, prefixes in enumerate(missing):
             place = index * self.streams
-            self.prefilled[prefixes] = (cache, place, hidden[place : place + self.streams])
+            own = hidden[place : place + self.streams]
+            self.prefilled[prefixes] = _Prefill(wave=self.waves, cache=cache, place=place, hidden=own)
+        self.waves += 1
 
     # Rows go on ----------------------------------------------------------------------------------------------------
 
@@ -212,21 +231,37 @@ class _Decoder:
         assert self.hidden is not None
         all_logits = self.policy.logits(self.hidden).float()
         logits = all_logits[:, 0]
-        scaled = self._filtered(logits, all_logits)
-        unfiltered = logits / self.sampling.softmax_temperature
-        tokens = scaled.argmax(-1) if self.sampling.temperature == 0 else draw(scaled, self._uniforms())
-        logprobs = _logprob(unfiltered, tokens)
-        if self.sampling.temperature == 0:
-            behaviour = torch.zeros_like(logprobs)
-        else:
-            behaviour = logprobs if self._plain else _logprob(scaled, tokens)
+        tempered = self._tempered(logits)
+        scaled = tempered if self._plain else self._filtered(logits, all_logits)
+        greedy = self.sampling.temperature == 0
+        tokens = scaled.argmax(-1) if greedy else draw(scaled, self._uniforms())
+        logprobs = _logprob(tempered, tokens)
+        behaviour = logprobs if self._plain else _logprob(scaled, tokens)
         values = zip(self.active, tokens.tolist(), logprobs.tolist(), behaviour.tolist(), strict=True)
         for row, token, logprob, behaviour_logprob in values:
+            if isnan(logprob) or isnan(behaviour_logprob):
+                raise self._no_distribution(row, logprob)
             row.ids.append(token)
             row.logprobs.append(logprob)
-            row.behaviour_logprobs.append(behaviour_logprob)
+            row.behaviour_logprobs.append(0.0 if greedy else behaviour_logprob)
         self._finish()
         return tokens
+
+    def _tempered(self, logits: Tensor) -> Tensor:
+        temperature = self.sampling.softmax_temperature
+        return logits if temperature == 1 else logits / temperature
+
+    def _no_distribution(self, row: _Row, logprob: float) -> NumericsError:
+        place = f"token {len(row.ids)} of completion {row.index}"
+        if isnan(logprob):
+            return NumericsError(
+                f"the model's logits for {place} are not finite: its weights or its precision are broken "
+                "(try dtype float32 and a lower learning rate)"
+            )
+        return NumericsError(
+            f"no token is possible for {place}: the logit filters and min_new_tokens={self.sampling.min_new_tokens} "
+            "forbid every one; let a filter keep at least one token finite"
+        )
 
     @property
     def _plain(self) -> bool:
@@ -238,12 +273,8 @@ class _Decoder:
     def _filtered(self, logits: Tensor, stream_logits: Tensor) -> Tensor:
         """Logits [R, V] of the distribution that is sampled from."""
         sampling = self.sampling
-        if self._plain:
-            return logits / sampling.softmax_temperature
         if sampling.repetition_penalty != 1 or self.filters:
             ids = [[*row.prefixes[0], *row.ids] for row in self.active]
-        if sampling.repetition_penalty != 1:
-            logits = penalise_repetition(logits, ids, sampling.repetition_penalty)
         if self.filters:
             assert self.hidden is not None
             context = FilterContext(
@@ -255,12 +286,14 @@ class _Decoder:
             )
             for change in self.filters:
                 logits = change(logits, context)
+        if sampling.repetition_penalty != 1:
+            logits = penalise_repetition(logits, ids, sampling.repetition_penalty)
         early = [len(row.ids) < sampling.min_new_tokens for row in self.active]
         if any(early) and len(self.forbidden_early):
             rows = torch.tensor(early, device=logits.device).nonzero()
             logits = logits.clone()
             logits[rows, self.forbidden_early[None, :]] = -torch.inf
-        return truncate(logits / sampling.softmax_temperature, sampling)
+        return truncate(self._tempered(logits), sampling)
 
     def _uniforms(self) -> Tensor:
         samples = np.array([self.first_index + row.index for row in self.active], dtype=np.int64)
@@ -269,23 +302,31 @@ class _Decoder:
 
     def _finish(self) -> None:
         for row in self.active:
+            if self.stops is not None and not row.spelled_stop:
+                row.spelled_stop = self.stops.ended(row.prefixes[0], row.ids)
             if row.ids[-1] in self.eos_ids:
                 row.finish_reason = "eos"
             elif row.ids[-1] in self.stop_ids or (
-                self.stops is not None and len(row.ids) >= self.sampling.min_new_tokens and self.stops.ended(row.ids)
+                row.spelled_stop and len(row.ids) >= self.sampling.min_new_tokens
             ):
                 row.finish_reason = "stop"
             elif len(row.ids) == self.sampling.max_new_tokens:
                 row.finish_reason = "length"
 
-    def _keep(self, going: Sequence[int]) -> None:
-        """Rows that ended leave the batch and the cache."""
-        index = torch.tensor(going, dtype=torch.long, device=self.policy.device)
-        slots = (index[:, None] * self.streams + torch.arange(self.streams, device=index.device)).flatten()
-        self.cache.keep(slots)
+    def _drop_ended(self) -> Tensor:
+        """Rows that ended leave the batch and the cache; returns the former places [R] of those that stay.
+
+        The last rows move into the places that became free, so that few keys and values are copied.
+        """
+        going = [i for i, row in enumerate(self.active) if row.finish_reason is None]
+        movers = deque(reversed([i for i in going if i >= len(going)]))
+        order = [i if self.active[i].finish_reason is None else movers.popleft() for i in range(len(going))]
+        index = torch.tensor(order, dtype=torch.long, device=self.policy.device)
+        self.cache.keep((index[:, None] * self.streams + torch.arange(self.streams, device=index.device)).flatten())
         assert self.hidden is not None
         self.hidden = self.hidden[index]
-        self.active = [self.active[i] for i in going]
+        self.active = [self.active[i] for i in order]
+        return index
 
     def _decode(self, tokens: Tensor) -> None:
         """One forward pass: the sampled token of each row, in each of its streams."""

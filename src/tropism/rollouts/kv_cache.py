@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,14 +41,19 @@ class SlabLayer(CacheLayerMixin):
         self.values[: self.rows, :, self.cursor : end] = value_states
         return self.keys[: self.rows, :, :end], self.values[: self.rows, :, :end]
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cursor + query_length, 0
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        # Before version 5.4 (or so) transformers gave the new columns' indices here, and not their number.
+        queries = query_length if isinstance(query_length, int) else len(query_length)
+        return self.cursor + queries, 0
 
     def get_seq_length(self) -> int:
         return self.cursor
 
     def get_max_length(self) -> int:
         return self.columns
+
+    get_max_cache_shape = get_max_length
+    """The same under its older name."""
 
 
 class SlabCache(Cache):
@@ -84,26 +90,35 @@ class SlabCache(Cache):
             slab.rows, slab.cursor = rows, cursor
 
     def keep(self, rows: Tensor) -> None:
-        """Only these rows (index [K], ascending) stay; they move up to the first K slots."""
+        """Only these rows (index [K], each at most once) stay, in this order, in the first K slots."""
+        goal = torch.arange(len(rows), device=rows.device)
+        moved = goal != rows
+        source, goal = rows[moved], goal[moved]
+        if len(source):
+            first = int(self.starts[source].min())
+            for states in self._states():
+                states[goal, :, first : self.cursor] = states[source, :, first : self.cursor]
+        self.starts = self.starts[rows]
+        self._place(len(rows), self.cursor)
+
+    def _states(self) -> Iterator[Tensor]:
+        """Keys and values of every layer that was written to."""
         for slab in self.slabs:
             if slab.is_initialized:
                 assert slab.keys is not None and slab.values is not None
-                for states in (slab.keys, slab.values):
-                    states[: len(rows), :, : self.cursor] = states[rows, :, : self.cursor]
-        self.starts = self.starts[rows]
-        self._place(len(rows), self.cursor)
+                yield slab.keys
+                yield slab.values
 
     def shift(self, columns: int) -> None:
         """Move every row by ``columns`` to the right (negative: to the left)."""
         if columns == 0:
             return
-        first = int(self.starts.min()) if self.rows else self.cursor
-        for slab in self.slabs:
-            if slab.is_initialized and self.rows:
-                assert slab.keys is not None and slab.values is not None
-                for states in (slab.keys, slab.values):
-                    moved = states[: self.rows, :, first : self.cursor].clone()
-                    states[: self.rows, :, first + columns : self.cursor + columns] = moved
+        if self.rows:
+            first = int(self.starts.min())
+            for states in self._states():
+                # A copy, because where rows move by less than their length, source and goal overlap.
+                moved = states[: self.rows, :, first : self.cursor].clone()
+                states[: self.rows, :, first + columns : self.cursor + columns] = moved
         self.starts = self.starts + columns
         self._place(self.rows, self.cursor + columns)
 

@@ -1,9 +1,24 @@
-"""Stop strings, seen in the text that the tokens spell."""
+"""The text that completion tokens spell, and the stop strings in it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+
+CONTEXT = 4
+"""Tokens before a piece of text that settle how it begins: the space of its first word, a character cut into bytes."""
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Text of token ids: special tokens left out, bytes that are no text as U+FFFD, spaces as they are."""
+    text: str = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
+
+
+def added_text(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:
+    """What ``ids`` add to the text of ``before``: decoded alone, many tokenizers lose a leading space."""
+    head, whole = decode(tokenizer, before), decode(tokenizer, [*before, *ids])
+    return whole[len(head) :] if whole.startswith(head) else decode(tokenizer, ids)
 
 
 class StopStrings:
@@ -12,11 +27,20 @@ class StopStrings:
     def __init__(self, strings: Sequence[str], tokenizer: Any) -> None:
         self.strings = tuple(strings)
         self.tokenizer = tokenizer
-        # A token spells at least one byte, so a string can only have been completed within this many tokens.
-        self.window = max(len(s.encode()) for s in strings) + 4
+        self.special = frozenset(tokenizer.all_special_ids)
+        # A token that is text spells at least one byte, so a string was completed within this many tokens or not now.
+        self.window = max(len(s.encode()) for s in strings) + CONTEXT
 
-    def ended(self, ids: Sequence[int]) -> bool:
-        text = self.tokenizer.decode(ids[-self.window :], skip_special_tokens=True)
+    def ended(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> bool:
+        """Whether the newest token of the completion ``ids`` completes a stop string; the prompt's text is no part."""
+        tail: list[int] = []
+        for token in reversed(ids):
+            if len(tail) == self.window:
+                break
+            if token not in self.special:
+                tail.append(token)
+        context = prompt_ids[-CONTEXT:] if len(tail) < self.window else ()
+        text = added_text(self.tokenizer, context, tail[::-1])
         return any(string in text for string in self.strings)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tropism.rollouts.stops import cut_at_stop
+from tropism.rollouts.stops import added_text, cut_at_stop, decode
 from tropism.types import Messages, Prompt, RewardInputs, Rollouts
 
 
@@ -39,14 +39,5 @@ class Transcriber:
     def completion(self, prompt: Prompt, ids: Sequence[int]) -> str | Messages:
         """The completion of one prompt: text after text, an assistant message after messages."""
         if isinstance(prompt.text, str):
-            return cut_at_stop(self._after(prompt.ids, ids), self.stop)
-        return [{"role": "assistant", "content": cut_at_stop(self._decode(ids), self.stop)}]
-
-    def _after(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
-        """What the completion adds to the prompt's text: decoded alone, many tokenizers lose its leading space."""
-        head, whole = self._decode(prompt_ids), self._decode([*prompt_ids, *ids])
-        return whole[len(head) :] if whole.startswith(head) else self._decode(ids)
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+            return cut_at_stop(added_text(self.tokenizer, prompt.ids, ids), self.stop)
+        return [{"role": "assistant", "content": cut_at_stop(decode(self.tokenizer, ids), self.stop)}]

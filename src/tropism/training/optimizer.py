@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,17 +26,25 @@ def default_learning_rate(weights: int, *, adapters: bool) -> float:
     return min(MAX_RATE, rate * (ADAPTER_FACTOR if adapters else 1.0))
 
 
-def build_optimizer(policy: nn.Module, config: TrainerConfig, *, learning_rate: float) -> torch.optim.AdamW:
-    """AdamW over everything trainable; weight decay on matrices alone, not on biases, norms and the value head."""
+def build_optimizer(policy: nn.Module, config: TrainerConfig, *, head_rate: float = 1.0) -> torch.optim.AdamW:
+    """AdamW over everything trainable, in groups whose ``rate`` multiplies the learning rate that the trainer sets.
+
+    Weight decay acts on the language model's matrices alone, not on biases, norms and heads.
+
+    Args:
+        head_rate: learning rate of the heads as a multiple of the language model's.
+    """
     named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if p.dim() >= 2 and not name.startswith("value_head")]
-    chosen = {id(p) for p in matrices}
-    groups = [
-        {"params": matrices, "weight_decay": config.optimizer.weight_decay},
-        {"params": [p for _, p in named if id(p) not in chosen], "weight_decay": 0.0},
+    heads = [p for name, p in named if not name.startswith("model.")]
+    model = [p for name, p in named if name.startswith("model.")]
+    decay = config.optimizer.weight_decay
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in model if p.dim() >= 2], "weight_decay": decay, "rate": 1.0},
+        {"params": [p for p in model if p.dim() < 2], "weight_decay": 0.0, "rate": 1.0},
+        {"params": heads, "weight_decay": 0.0, "rate": head_rate},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=config.optimizer.betas, eps=config.optimizer.eps)
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.optimizer.betas, eps=config.optimizer.eps)
 
 
 def rate_factor(config: TrainerConfig, *, step: int, total_steps: int) -> float:

@@ -21,6 +21,7 @@ EXACT_LIMIT = 1e-2
 REDUCED_LIMIT = 0.5
 """The same where the arithmetic is bf16; there old log-probs are recomputed."""
 NEW_TOKENS = 8
+EXTRA_PADS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class PreflightReport:
     sampler_mismatch: float
     """Largest |log-prob while sampling - log-prob in the training forward|."""
     padding_mismatch: float
-    """Largest change of a log-prob when padding moves from the right to the left."""
+    """Largest change of a log-prob when every row gets padding on its left, too."""
     reference_kl: float | None
     """Largest |log-prob of the policy - log-prob of the reference| from the same forward path; None without a reference."""
 
@@ -74,14 +75,15 @@ def preflight(
         padding_mismatch=_padding_mismatch(policy, rollouts, forward),
         reference_kl=_reference_gap(reference, rollouts, forward) if reference is not None else None,
     )
-    if report.sampler_mismatch > limit:
+    # Written so that NaN fails.
+    if not report.sampler_mismatch <= limit:
         raise NumericsError(
             f"log-probs of sampling and of the training forward differ by {report.sampler_mismatch:.3g} nats (limit {limit}): "
             "the model's cache, positions or dropout are not what training assumes. Please report the model"
         )
-    if report.padding_mismatch > limit:
+    if not report.padding_mismatch <= limit:
         raise NumericsError(
-            f"log-probs change by {report.padding_mismatch:.3g} nats when padding moves to the other side (limit {limit}): "
+            f"log-probs change by {report.padding_mismatch:.3g} nats when rows are padded on the left (limit {limit}): "
             "the model mishandles attention masks or positions. Please report the model"
         )
     if fresh and report.reference_kl:
@@ -102,10 +104,12 @@ def _largest(difference: Tensor) -> float:
 
 
 def _padding_mismatch(policy: Policy, rollouts: Rollouts, right: Tensor) -> float:
+    # The extra columns put pads before every row, also where all prompts have the same length.
+    widened = replace(rollouts, prompt_ids=torch.nn.functional.pad(rollouts.prompt_ids, (EXTRA_PADS, 0)))
     before = policy.padding
     try:
-        policy.padding = "left"
-        return _largest(_logprobs(policy, rollouts) - right)
+        policy.padding = "both"
+        return _largest(_logprobs(policy, widened) - right)
     finally:
         policy.padding = before
 

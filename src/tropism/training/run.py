@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tropism.training.checkpoint import (
@@ -16,6 +15,7 @@ from tropism.training.checkpoint import (
     load_trainable_state,
     optimizer_state,
     prune,
+    read_checkpoint,
     trainable_state,
     write_checkpoint,
 )
@@ -54,12 +54,13 @@ class Run:
         processes: Processes,
         policy: Any,
         evaluations: list[Evaluation],
-        export: Callable[[Path], None],
+        export: Callable[[], None],
         interrupts: Interrupts,
+        begin: Callable[[], None],
     ) -> None:
         self.folder, self.config, self.processes = folder, config, processes
         self.policy, self.evaluations, self.export = policy, evaluations, export
-        self.interrupts = interrupts
+        self.interrupts, self.begin = interrupts, begin
         self.monitor = Monitor()
         self.best = Best()
         self.display: ProgressDisplay = Quiet()
@@ -79,6 +80,7 @@ class Run:
         Raises:
             Interrupted: after a signal; the last update boundary is saved.
         """
+        self.begin()
         if resumed is not None:
             self._restore(resumed)
         done = self.trainer.counts.steps
@@ -104,11 +106,9 @@ class Run:
         self._save()
         best = self.folder.path / "best"
         if self.config.checkpoints.use_best and (best / "manifest.json").is_file():
-            from tropism.training.checkpoint import read_checkpoint
-
             load_trainable_state(self.policy, read_checkpoint(best).tensors["policy"])
         if self.processes.is_main:
-            self.export(self.folder.path / "model")
+            self.export()
         self.processes.wait()
 
     def after_update(self, metrics: Metrics, ended: bool) -> bool:
@@ -116,8 +116,8 @@ class Run:
         if ended:
             metrics["time/step"] = time.perf_counter() - self.step_started
             self.step_started = time.perf_counter()
-        self._log("update", metrics)
         step, stop = self.trainer.counts.steps, False
+        self._log("update", metrics, step=step if ended else step + 1)
         if ended:
             self.display.step(step, self.recent)
             every = self.config.evaluation.every
@@ -136,7 +136,7 @@ class Run:
 
     def on_collect(self, collected: Collected) -> None:
         """Log what was sampled, and warn about it."""
-        self._log("collect", collected.metrics | collected.timings)
+        self._log("collect", collected.metrics | collected.timings, step=collected.step)
         for message in self.monitor.check(collected.metrics):
             self._warn(message)
         if self.processes.is_main:
@@ -163,7 +163,7 @@ class Run:
         worn_out = self._judge(step, metrics)
         if self.config.checkpoints.use_best:
             metrics["best/step"] = float(self.best.step)
-        self._log("evaluation", metrics)
+        self._log("evaluation", metrics, step=step)
         self.display.stage("training")
         return worn_out
 
@@ -184,11 +184,12 @@ class Run:
             self.best.since += 1
         return config.patience is not None and self.best.since >= config.patience
 
-    def _log(self, kind: str, metrics: Metrics) -> None:
+    def _log(self, kind: str, metrics: Metrics, *, step: int) -> None:
         self.recent = self.recent | metrics
         if not self.processes.is_main:
             return
-        head = {"kind": kind, **self.trainer.state_dict()}
+        counts = {name: value for name, value in self.trainer.state_dict().items() if name != "steps"}
+        head = {"kind": kind, "step": step, **counts}
         timings = {k: v for k, v in metrics.items() if k.startswith(TIMINGS)}
         self.folder.append("metrics.jsonl", head | {k: v for k, v in metrics.items() if k not in timings})
         if timings:

@@ -52,6 +52,14 @@ class RunFolder:
             )
         if resume and not (path / "recipe.yaml").is_file():
             raise ConfigError(f"there is no run to resume in {path}")
+
+    def create(self) -> None:
+        """Make the folder and those inside it.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        path = self.path
         try:
             for name in ("rollouts", "evaluations", "checkpoints"):
                 (path / name).mkdir(parents=True, exist_ok=True)

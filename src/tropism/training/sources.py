@@ -219,14 +219,10 @@ def _sequence_kl(batch: PolicyBatch) -> float:
 
 def collect_metrics(rollouts: Rollouts, rewards: RewardBatch, batch: PolicyBatch, group_size: int) -> Metrics:
     """What is logged about one collect."""
-    scored = rewards.totals[rewards.scored]
     groups = rewards.totals.view(-1, group_size)
     lengths = rollouts.completion_lengths.float()
     distinct = {tuple(row[:n].tolist()) for row, n in zip(rollouts.completion_ids, rollouts.completion_lengths, strict=True)}
     metrics: Metrics = {
-        "reward/mean": float(scored.mean()) if len(scored) else float("nan"),
-        "reward/std": float(scored.std(correction=0)) if len(scored) else 0.0,
-        "reward/unscored": float((~rewards.scored).float().mean()),
         "rollout/length_mean": float(lengths.mean()),
         "rollout/tokens": float(lengths.sum()),
         "rollout/eos_fraction": sum(reason == "eos" for reason in rollouts.finish_reasons) / len(rollouts),
@@ -234,7 +230,6 @@ def collect_metrics(rollouts: Rollouts, rewards: RewardBatch, batch: PolicyBatch
         "rollout/empty_fraction": float((rollouts.completion_lengths <= 1).float().mean()),
         "rollout/distinct": len(distinct) / len(rollouts),
         "policy/sequence_kl": _sequence_kl(batch),
-        **{f"reward/{name}": float(values.nanmean()) for name, values in rewards.terms.items()},
         **rewards.metrics,
     }
     if group_size > 1:

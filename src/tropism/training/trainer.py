@@ -120,7 +120,7 @@ class Trainer:
         if totals:
             rate = self.learning_rate * rate_factor(self.config, step=self.counts.steps, total_steps=self.total_steps)
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["rate"]
             metrics |= self._accumulate(batch, totals)
             metrics["optim/grad_norm"] = self._step()
             metrics["optim/lr"] = rate

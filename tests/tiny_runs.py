@@ -1,0 +1,125 @@
+"""Whole runs on tiny random models: the settings that the invariants go through, and how to start one in a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_models import tiny_model, tiny_tokenizer
+
+from tropism.algorithms import GRPO, PPO, RLOO, SFT, AlgorithmConfig, KLControl
+from tropism.build import Assembly
+from tropism.config import Recipe
+from tropism.models.lora import LoRA
+from tropism.rewards import RewardConfig
+from tropism.rollouts.config import Sampling
+from tropism.training.config import CheckpointConfig, TrainerConfig
+
+PROMPTS = ["a cat", "the big dog", "oh", "is it so, my friend?", "we ran", "no"]
+TEXTS = ["a cat sat on a mat.", "the dog ran.", "oh no!", "is it so, my friend? it is.", "we ran and ran.", "no, no."]
+
+METHODS: dict[str, AlgorithmConfig] = {
+    "sft": SFT(),
+    "ppo": PPO(group_size=2, num_epochs=2, minibatch_size=4, kl=KLControl(target=0.5, horizon=100)),
+    "grpo": GRPO(group_size=2, num_epochs=2, minibatch_size=4),
+    "rloo": RLOO(group_size=2, num_epochs=2, minibatch_size=4),
+}
+"""Every method with several updates per collect, where it collects."""
+
+ON_POLICY = [name for name, config in METHODS.items() if config.on_policy]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method, what it trains, and the family of its model."""
+
+    method: str
+    adapter: bool
+    family: str
+
+    def __str__(self) -> str:
+        return f"{self.method}-{'lora' if self.adapter else 'full'}-{self.family}"
+
+    @property
+    def algorithm(self) -> AlgorithmConfig:
+        return METHODS[self.method]
+
+    def with_algorithm(self, **changes: Any) -> AlgorithmConfig:
+        return replace(self.algorithm, **changes)
+
+
+ALL_SETTINGS = [Setting(m, a, f) for m in METHODS for a in (False, True) for f in ("llama", "gpt2")]
+"""Four methods x all weights or an adapter x two families."""
+
+SETTINGS = [s for s in ALL_SETTINGS if s.adapter == (s.family == "gpt2")]
+"""One family each: all weights of a Llama, an adapter on a GPT-2 (whose layers are transposed)."""
+
+
+def letter_a(completions: list[str]) -> list[float]:
+    """The share of the letter a: a reward that a random model can raise."""
+    return [text.count("a") / max(1, len(text)) for text in completions]
+
+
+def make_recipe(setting: Setting, run: Path, **changes: Any) -> Recipe:
+    """A recipe of two steps (four for SFT) of a few prompts, with a running scale of the reward."""
+    algorithm = changes.pop("algorithm", setting.algorithm)
+    trainer = changes.pop("trainer", {})
+    fields: dict[str, Any] = {
+        "model": (tiny_model(setting.family, seed=3), tiny_tokenizer()),
+        "algorithm": algorithm,
+        "data": list(PROMPTS if algorithm.on_policy else TEXTS),
+        "reward": RewardConfig.of({"terms": {"a": {"use": letter_a}}, "scale": "running"}),
+        "run": str(run),
+        "total_steps": 2 if algorithm.on_policy else 4,
+        "prompts_per_step": 4,
+        "seed": 7,
+        "sampling": Sampling(max_new_tokens=6),
+        "lora": LoRA(rank=4) if setting.adapter else None,
+        "trainer": TrainerConfig(**{"learning_rate": 1e-3, "progress": False, **trainer}),
+    }
+    if not algorithm.on_policy:
+        fields["reward"] = None
+    return Recipe(**{**fields, **changes})
+
+
+def assemble(setting: Setting, run: Path, *, resume: bool = False, **changes: Any) -> Assembly:
+    """Everything of a tiny run, connected and not yet started."""
+    return Assembly(make_recipe(setting, run, **changes), resume=resume)
+
+
+def execute(assembly: Assembly) -> Assembly:
+    """Run it to its end."""
+    assembly.check()
+    assembly.run.execute(assembly.recipe.total_steps, resumed=assembly.checkpoint)
+    return assembly
+
+
+def stop_after(assembly: Assembly, updates: int, number: int) -> None:
+    """Let a run receive signal ``number`` right after that many updates."""
+    keep_books: Callable[..., bool] = assembly.trainer.after_update
+
+    def after_update(metrics: dict[str, float], ended: bool) -> bool:
+        if assembly.trainer.counts.updates == updates:
+            assembly.run.interrupts.received = number
+        return keep_books(metrics, ended)
+
+    assembly.trainer.after_update = after_update
+
+
+def weights_of(assembly: Assembly) -> dict[str, torch.Tensor]:
+    """A copy of every weight of the policy, frozen ones and the value head included."""
+    return {name: value.detach().clone() for name, value in assembly.policy.state_dict().items()}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Equal bit for bit."""
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different, f"{len(different)} of {len(one)} tensors differ, first {different[0]}"
+
+
+FEW_CHECKPOINTS = CheckpointConfig()
+EVERY_STEP = CheckpointConfig(every=1, keep=100)
