@@ -38,8 +38,8 @@ def train(
         model: hub id, folder, .gguf file, "demo", a ``ModelConfig``, or a pair (model, tokenizer), which is trained in
             place.
         algorithm: the method and its settings, such as ``GRPO(group_size=8)``, or its name.
-        data: prompts (demonstrations for SFT): a list, file, ``DataConfig``, ``datasets.Dataset`` or mapping of columns.
-            Columns beside the prompt go to the reward.
+        data: prompts (demonstrations for SFT): a list, file, ``DataConfig``, ``datasets.Dataset`` or mapping of
+            columns. Columns beside the prompt go to the reward.
         reward: a callable, a registered name, ``{"name": (reward, weight)}``, or a ``RewardConfig``.
         eval_data: held-out data in the same forms, evaluated before and after (and every ``trainer.evaluation.every``).
         run: folder for everything the run writes; None takes the first free ``runs/<method>-<number>``.

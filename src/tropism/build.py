@@ -82,7 +82,7 @@ class Assembly:
         self.resumed = resume
         config = recipe.algorithm
         self.harness = None if recipe.reward is None else RewardHarness(recipe.reward, allow_code=allow_code)
-        self.processes = Processes(_accelerator(recipe))
+        self.processes = Processes(accelerator_for(recipe))
         path = Path(recipe.run) if recipe.run else free_run(config.name)
         path = Path(self.processes.from_main(str(path)))
         self.folder = _open_folder(path, self.processes, resume=resume)
@@ -174,9 +174,7 @@ class Assembly:
 
     def _demonstration_source(self) -> DemonstrationSource:
         recipe, config = self.recipe, self.recipe.algorithm
-        train, held_out = demonstrations_of(
-            recipe, self.loaded.tokenizer, context_length=self.policy.context_length
-        )
+        train, held_out = demonstrations_of(recipe, self.loaded.tokenizer, context_length=self.policy.context_length)
         if held_out:
             self.run.evaluations.append(LossEvaluation(held_out, scorer=self.scorer))
         if self.harness is not None:
@@ -184,7 +182,10 @@ class Assembly:
             if prompts:
                 self.run.evaluations.append(self._reward_evaluation(prompts))
         return DemonstrationSource(
-            train, batch_size=recipe.prompts_per_step, seed=recipe.seed, shuffle=config.shuffle  # type: ignore[attr-defined]
+            train,
+            batch_size=recipe.prompts_per_step,
+            seed=recipe.seed,
+            shuffle=config.shuffle,  # type: ignore[attr-defined]
         )
 
     def _prompts(self) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
@@ -259,7 +260,8 @@ class Assembly:
         )
 
 
-def _accelerator(recipe: Recipe) -> Accelerator:
+def accelerator_for(recipe: Recipe) -> Accelerator:
+    """Device and precision of a recipe."""
     AcceleratorState._reset_state()  # a process may run several recipes, each with its own precision
     name = recipe.model.device if hasattr(recipe.model, "device") and isinstance(recipe.model.device, str) else "auto"
     precision = recipe.trainer.precision
@@ -311,7 +313,10 @@ def _build_policy(recipe: Recipe) -> tuple[LoadedModel, Policy]:
     else:
         model.requires_grad_(True)
         if next(model.parameters()).dtype != torch.float32:
-            logger.warning("all weights are trained in %s: small updates are lost to rounding; set model.dtype to float32", model.dtype)
+            logger.warning(
+                "all weights are trained in %s: small updates are lost to rounding; set model.dtype to float32",
+                model.dtype,
+            )
     head = None
     if recipe.algorithm.needs_value_head:
         text_config = loaded.model.config.get_text_config()

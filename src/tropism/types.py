@@ -50,7 +50,9 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
 
 
-def pad_rows(rows: Sequence[Sequence[Any]], *, value: Any = 0, dtype: torch.dtype = torch.long, left: bool = False) -> Tensor:
+def pad_rows(
+    rows: Sequence[Sequence[Any]], *, value: Any = 0, dtype: torch.dtype = torch.long, left: bool = False
+) -> Tensor:
     """Rows of different lengths -> one tensor ``[B, longest]``, padded with ``value`` on the right (or the left)."""
     width = max((len(row) for row in rows), default=0)
     padded = torch.full((len(rows), width), value, dtype=dtype)
@@ -85,7 +87,10 @@ class Tokens:
     @property
     def inputs(self) -> dict[str, Tensor]:
         """Arguments of ``Policy.forward``."""
-        return {name: getattr(self, name) for name in ("prompt_ids", "prompt_lengths", "completion_ids", "completion_lengths")}
+        return {
+            name: getattr(self, name)
+            for name in ("prompt_ids", "prompt_lengths", "completion_ids", "completion_lengths")
+        }
 
     @property
     def total_lengths(self) -> Tensor:
@@ -263,7 +268,7 @@ class PolicyBatch(Batch):
 
     @classmethod
     def of(cls, rollouts: Rollouts, *, loss_mask: Tensor | None = None, **columns: Tensor) -> PolicyBatch:
-        """A batch of these rollouts. Columns that are not given are zeros; ``ref_logprobs`` defaults to ``old_logprobs``."""
+        """A batch of these rollouts. Columns not given are zeros, but ``ref_logprobs`` defaults to ``old_logprobs``."""
         zeros = torch.zeros_like(rollouts.logprobs)
         columns.setdefault("old_logprobs", rollouts.logprobs)
         columns.setdefault("ref_logprobs", columns["old_logprobs"])

@@ -60,7 +60,7 @@ class CollectStats:
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig(ABC):
-    """All there is to set about a method. One configuration serves any number of runs: state lives in ``build``'s result."""
+    """All there is to set about a method. One configuration serves many runs: ``build`` makes each its state."""
 
     name: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

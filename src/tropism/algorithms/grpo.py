@@ -74,7 +74,9 @@ class GRPO(OnPolicyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.group_size < 2:
-            raise ValueError("group_size must be at least 2: GRPO compares the completions of one prompt with each other")
+            raise ValueError(
+                "group_size must be at least 2: GRPO compares the completions of one prompt with each other"
+            )
         if self.clip_low < 0 or self.clip_high < 0:
             raise ValueError("clip_low and clip_high must not be negative")
 

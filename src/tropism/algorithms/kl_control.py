@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 ERROR_LIMIT = 0.2
 
@@ -11,8 +12,8 @@ ERROR_LIMIT = 0.2
 class KLControl:
     """Where the KL penalty enters and how its coefficient moves."""
 
-    place: str = "reward"
-    """"reward": -kl_coef * (logp - ref_logp) at every token, as lm-human-preferences; "loss": k2 beside the policy loss."""
+    place: Literal["reward", "loss"] = "reward"
+    """`reward` adds -kl_coef * (logp - ref_logp) to every token, as in lm-human-preferences; `loss` adds k2 to it."""
     target: float | None = None
     """Sequence KL in nats that the coefficient is steered to; None keeps it fixed."""
     horizon: float = 10_000.0

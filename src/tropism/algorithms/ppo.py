@@ -160,7 +160,7 @@ class PPOAlgorithm(OnPolicyAlgorithm[PPO]):
             kl = kl_k1(rollouts.logprobs, ref_logprobs)
             token_rewards = penalised_rewards(token_rewards, kl, mask, kl_coef=self.kl_coef)
         loss_mask = mask & rewards.scored[:, None]
-        if config.whiten_rewards:
+        if config.whiten_rewards and bool(loss_mask.any()):
             token_rewards = masked_whiten(token_rewards, loss_mask, shift_mean=False)
         bootstrap = after * rollouts.truncated if config.critic.bootstrap_truncated else None
         advantages = gae(token_rewards, values, mask, gamma=config.gamma, lam=config.lam, bootstrap=bootstrap)
@@ -185,7 +185,7 @@ class PPOAlgorithm(OnPolicyAlgorithm[PPO]):
         return changed.by_token(rollouts.completion_lengths, rollouts.completion_ids.shape[1])
 
     def prepare(self, batch: PolicyBatch) -> PolicyBatch:
-        if not self.config.whiten_advantages:
+        if not self.config.whiten_advantages or not bool(batch.loss_mask.any()):
             return batch
         return replace(batch, advantages=masked_whiten(batch.advantages, batch.loss_mask))
 

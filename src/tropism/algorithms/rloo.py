@@ -77,10 +77,10 @@ class RLOOAlgorithm(OnPolicyAlgorithm[RLOO]):
         logprobs, old = (output.logprobs * mask).sum(-1), (batch.old_logprobs * mask).sum(-1)
         # A completion is one action: its advantage stands at its every token, its log-prob is their sum.
         advantages = (batch.advantages * mask).sum(-1) / mask.sum(-1).clamp(min=1)
-        clip = {"clip_low": self.config.clip_low, "clip_high": self.config.clip_high}
+        clip = (self.config.clip_low, self.config.clip_high)
         action = (logprobs[:, None], old[:, None], advantages[:, None])
-        surrogate = clipped_policy_loss(*action, **clip)
-        clipped = clipped_tokens(*action, **clip).expand_as(mask)
+        surrogate = clipped_policy_loss(*action, clip_low=clip[0], clip_high=clip[1])
+        clipped = clipped_tokens(*action, clip_low=clip[0], clip_high=clip[1]).expand_as(mask)
         return {"policy": surrogate.sum()}, policy_ratios(output.logprobs, output.entropy, clipped, batch)
 
     def weight(self, batch: PolicyBatch) -> dict[str, float]:

@@ -44,6 +44,9 @@ class RewardEvaluation:
         self.harness, self.transcribe, self.reference = harness, transcribe, reference
         self.processes, self.seed = processes, seed
 
+    def __len__(self) -> int:
+        return len(self.prompts)
+
     def __call__(self, step: int) -> tuple[Metrics, Table]:
         """Metrics, and one row per prompt in the order of the prompts."""
         first, mine = self.processes.share(self.prompts)
@@ -91,6 +94,9 @@ class LossEvaluation:
     def __init__(self, demonstrations: Sequence[Demonstration], *, scorer: Scorer) -> None:
         self.demonstrations = demonstrations
         self.scorer = scorer
+
+    def __len__(self) -> int:
+        return len(self.demonstrations)
 
     def __call__(self, step: int) -> tuple[Metrics, Table | None]:
         total, count = 0.0, 0

@@ -196,7 +196,9 @@ class Policy(nn.Module):
 
     def _values(self, hidden: Tensor) -> Tensor:
         if self.value_head is None:
-            raise ModelError("values were asked of a policy without a value head; build it with value_head=ValueHead(...)")
+            raise ModelError(
+                "values were asked of a policy without a value head; build it with value_head=ValueHead(...)"
+            )
         return self.value_head(hidden)  # type: ignore[no-any-return]
 
     def _vocabulary(
@@ -225,7 +227,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _check_family(self) -> None:
-        """Compare our logits with the model's own on two tokens, so that an unknown family fails here and not in training."""
+        """Our logits against the model's own on two tokens: an unknown family fails here and not in training."""
         ids = torch.tensor([[1, 0]], device=self.device)
         mask, positions = torch.ones_like(ids, dtype=torch.bool), torch.arange(2, device=self.device)[None]
         try:
@@ -238,8 +240,8 @@ class Policy(nn.Module):
         if own.shape != ours.shape or (own - ours).abs().max() > PROBE_TOLERANCE * scale:
             family = type(self.language_model).__name__
             raise ModelError(
-                f"{family} computes logits from its hidden states in a way tropism does not know; please report the family "
-                "so that Policy.logits learns it"
+                f"{family} computes logits from its hidden states in a way tropism does not know; please report "
+                "the family so that Policy.logits learns it"
             )
 
 

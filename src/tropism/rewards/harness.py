@@ -56,7 +56,7 @@ class RewardHarness:
         return self._evaluate(inputs, skip=self.config.on_error == "skip")
 
     def dry_call(self, inputs: RewardInputs) -> RawRewards:
-        """Call the functions on sample rows before training, so that a broken one fails now; ``skip`` does not apply."""
+        """Call the functions on sample rows before training, so that a broken one fails now, ``skip`` or not."""
         return self._evaluate(inputs, skip=False)
 
     def combine(

@@ -22,7 +22,7 @@ class Sampling:
     min_p: float = 0.0
     """Keep tokens with at least this share of the most likely token's probability."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens seen in prompt or completion (CTRL, arXiv:1909.05858)."""
+    """Divides positive and multiplies negative logits of tokens seen in prompt or completion; 1 is off."""
     stop: tuple[str, ...] = ()
     """Strings that end a completion; the text that rewards see ends before the string, the token ids keep it."""
     stop_token_ids: tuple[int, ...] = ()

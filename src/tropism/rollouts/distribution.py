@@ -56,12 +56,14 @@ def _nucleus_threshold(logits: Tensor, top_p: float) -> Tensor:
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """One token per row by the inverse CDF of softmax(logits [R, V]) at ``uniforms`` [R] (float64, in [0, 1)).
+    """One token per row by the inverse CDF of softmax(logits [R, V]) at ``uniforms`` [R] (float64, in [0, 1), any device).
 
     Exact to float64 sums: blocks of the vocabulary are summed first, then the block that holds the answer is searched,
     which costs one pass instead of a cumulative sum (or a sort) over the whole vocabulary. A token of probability zero
     is never drawn.
     """
+    if logits.device.type == "mps":  # has no float64
+        return draw(logits.cpu(), uniforms).to(logits.device)
     rows, vocabulary = logits.shape
     weights = (logits.float() - logits.float().amax(-1, keepdim=True)).exp()
     blocks = -(-vocabulary // BLOCK)

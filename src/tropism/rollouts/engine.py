@@ -298,7 +298,7 @@ class _Decoder:
     def _uniforms(self) -> Tensor:
         samples = np.array([self.first_index + row.index for row in self.active], dtype=np.int64)
         tokens = np.array([len(row.ids) for row in self.active], dtype=np.int64)
-        return torch.from_numpy(self.key.uniforms(samples, tokens)).to(self.policy.device)
+        return torch.from_numpy(self.key.uniforms(samples, tokens))
 
     def _finish(self) -> None:
         for row in self.active:
@@ -306,9 +306,7 @@ class _Decoder:
                 row.spelled_stop = self.stops.ended(row.prefixes[0], row.ids)
             if row.ids[-1] in self.eos_ids:
                 row.finish_reason = "eos"
-            elif row.ids[-1] in self.stop_ids or (
-                row.spelled_stop and len(row.ids) >= self.sampling.min_new_tokens
-            ):
+            elif row.ids[-1] in self.stop_ids or (row.spelled_stop and len(row.ids) >= self.sampling.min_new_tokens):
                 row.finish_reason = "stop"
             elif len(row.ids) == self.sampling.max_new_tokens:
                 row.finish_reason = "length"

@@ -1,4 +1,4 @@
-"""The sampler's KV cache: allocated once, rows leave and enter, every row contiguous and ending at one shared cursor."""
+"""The sampler's KV cache: allocated once, rows leave and enter, every row contiguous and ending at one cursor."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class SlabLayer(CacheLayerMixin):
 class SlabCache(Cache):
     """A cache of ``slots`` rows and ``columns`` columns for all layers of a model.
 
-    Rows ``[0, rows)`` are in use. A row whose tokens so far number ``n`` fills columns ``[cursor - n, cursor)``: all rows
+    Rows ``[0, rows)`` are in use. A row with ``n`` tokens so far fills columns ``[cursor - n, cursor)``: all rows
     end at the cursor, so a decode step writes one column and every row stays contiguous (what sliding windows and ALiBi
     count by). ``starts`` [rows] holds each row's first column.
     """

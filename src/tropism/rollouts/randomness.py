@@ -1,4 +1,4 @@
-"""Keyed randomness: a sample depends on its key alone, not on its neighbours, the batch size or the number of processes.
+"""Keyed randomness: a sample depends on its key alone, not on its neighbours, the batch or the number of processes.
 
 A uniform number is a hash of (seed, purpose, collect, sample index, token index). The hash is splitmix64's finaliser
 (Steele, Lea and Flood, 2014, https://doi.org/10.1145/2660193.2660195), applied once per component of the key.

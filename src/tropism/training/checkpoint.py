@@ -92,7 +92,7 @@ def checkpoint_name(*, steps: int, updates: int) -> str:
 
 def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest usable checkpoint, and a sentence for each newer one that was skipped."""
-    skipped = []
+    skipped: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         problem = find_problem(path)
         if problem is None:

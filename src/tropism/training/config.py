@@ -75,7 +75,7 @@ class TrainerConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW's numbers."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of forward and backward: fp32, or bf16 over fp32 weights; auto: bf16 on GPUs that have it, else fp32."""
+    """Arithmetic of forward and backward: fp32, or bf16 autocast; auto: bf16 on GPUs that have it, else fp32."""
     micro_batch_tokens: int = 8192
     """Most padded tokens of a forward and backward pass; the result does not depend on it, memory does."""
     micro_batch_size: int | None = None

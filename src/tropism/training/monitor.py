@@ -27,45 +27,45 @@ RULES = (
     _Rule(
         "truncated",
         lambda m: m.get("rollout/truncated_fraction", 0) == 1.0 and m.get("rollout/may_end", 1.0) == 1.0,
-        "every completion was cut by the length limit: rewards see unfinished text, and the model never practises ending. "
-        "Raise sampling.max_new_tokens, or add sampling.stop (fine where prompts are plain openings of text)",
+        "every completion was cut by the length limit: rewards see unfinished text, and the model never practises "
+        "ending. That is fine for plain openings of text; otherwise raise sampling.max_new_tokens or add sampling.stop",
     ),
     _Rule(
         "constant",
         lambda m: m.get("reward/std", 1.0) == 0.0,
-        "every completion got the same reward ({reward/mean}): there is nothing to learn from. Check the reward on a few "
-        "rows of rollouts/*.parquet, or raise sampling.temperature",
+        "every completion got the same reward ({reward/mean}): there is nothing to learn from. Check the reward on a "
+        "few rows of rollouts/*.parquet, or raise sampling.temperature",
     ),
     _Rule(
         "zero variance",
         lambda m: m.get("reward/zero_variance_groups", 0.0) == 1.0,
-        "in every group all completions got the same reward for 10 steps: groups give no signal. Use a reward with more "
-        "levels, prompts of mixed difficulty, or a larger group_size",
+        "in every group all completions got the same reward for 10 steps: groups give no signal. Use a reward with "
+        "more levels, prompts of mixed difficulty, or a larger group_size",
         PATIENCE,
     ),
     _Rule(
         "kl",
         lambda m: m.get("policy/sequence_kl", 0.0) > HIGH_KL,
-        "the policy is {policy/sequence_kl} nats from the reference per completion: read the samples before you trust the "
-        "reward. A larger kl_coef or a smaller learning rate keeps it closer",
+        "the policy is {policy/sequence_kl} nats from the reference per completion: read the samples before you trust "
+        "the reward. A larger kl_coef or a smaller learning rate keeps it closer",
     ),
     _Rule(
         "exploded kl",
         lambda m: m.get("policy/sequence_kl", 0.0) > EXPLODED_KL,
-        "the KL to the reference exploded ({policy/sequence_kl} nats per completion): the text is probably degenerate. Stop, "
-        "raise kl_coef or lower the learning rate",
+        "the KL to the reference exploded ({policy/sequence_kl} nats per completion): the text is probably degenerate. "
+        "Stop, raise kl_coef or lower the learning rate",
     ),
     _Rule(
         "negative kl",
         lambda m: m.get("policy/sequence_kl", 0.0) < -5.0,
-        "the sampled KL to the reference is {policy/sequence_kl} nats, clearly negative: samples do not come from the policy "
-        "that is scored. Look for truncated sampling (top_k, top_p) or mismatched log-probs",
+        "the sampled KL to the reference is {policy/sequence_kl} nats, clearly negative: samples do not come from the "
+        "policy that is scored. Look for truncated sampling (top_k, top_p) or mismatched log-probs",
     ),
     _Rule(
         "diversity",
         lambda m: m.get("rollout/distinct", 1.0) < LOW_DIVERSITY,
-        "only {rollout/distinct} of the completions of a step are distinct: the policy has collapsed onto few answers. Raise "
-        "kl_coef or sampling.temperature, or stop earlier",
+        "only {rollout/distinct} of the completions of a step are distinct: the policy has collapsed onto few answers. "
+        "Raise kl_coef or sampling.temperature, or stop earlier",
     ),
     _Rule(
         "empty",

@@ -11,7 +11,7 @@ from torch import nn
 from tropism.training.config import TrainerConfig
 
 FULL_RATE_AT = (1e-5, 135e6)
-"""Learning rate for training all of that many weights; smaller models take larger steps (see ``default_learning_rate``)."""
+"""Learning rate for training all of that many weights; ``default_learning_rate`` scales it."""
 ADAPTER_FACTOR = 20.0
 MAX_RATE = 1e-3
 

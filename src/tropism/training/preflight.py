@@ -33,7 +33,7 @@ class PreflightReport:
     padding_mismatch: float
     """Largest change of a log-prob when every row gets padding on its left, too."""
     reference_kl: float | None
-    """Largest |log-prob of the policy - log-prob of the reference| from the same forward path; None without a reference."""
+    """Largest |log-prob of policy - log-prob of reference| from the same forward path; None without a reference."""
 
 
 @torch.no_grad()
@@ -44,7 +44,9 @@ def sample_rows(
     ordered = sorted(prompts, key=lambda p: len(p.ids))
     chosen = [ordered[0], ordered[len(ordered) // 2]][: len(prompts)]
     short = replace(
-        sampling, max_new_tokens=min(NEW_TOKENS, sampling.max_new_tokens), min_new_tokens=min(1, sampling.min_new_tokens)
+        sampling,
+        max_new_tokens=min(NEW_TOKENS, sampling.max_new_tokens),
+        min_new_tokens=min(1, sampling.min_new_tokens),
     )
     rollouts = sampler.generate(policy, chosen, short, 1, key=StreamKey(seed=seed, purpose="checks"))
     return chosen, rollouts.to(policy.device)
@@ -78,8 +80,9 @@ def preflight(
     # Written so that NaN fails.
     if not report.sampler_mismatch <= limit:
         raise NumericsError(
-            f"log-probs of sampling and of the training forward differ by {report.sampler_mismatch:.3g} nats (limit {limit}): "
-            "the model's cache, positions or dropout are not what training assumes. Please report the model"
+            f"log-probs of sampling and of the training forward differ by {report.sampler_mismatch:.3g} "
+            f"nats (limit {limit}): the model's cache, positions or dropout are not what training assumes. "
+            "Please report the model"
         )
     if not report.padding_mismatch <= limit:
         raise NumericsError(
@@ -88,8 +91,8 @@ def preflight(
         )
     if fresh and report.reference_kl:
         raise NumericsError(
-            f"before the first update policy and reference differ by {report.reference_kl:.3g} nats; they must be equal. "
-            "Is the adapter fresh, and dropout off?"
+            f"before the first update policy and reference differ by {report.reference_kl:.3g} nats; they must be "
+            "equal. Is the adapter fresh, and dropout off?"
         )
     return report
 

@@ -18,8 +18,8 @@ class Processes:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.rank = accelerator.process_index
-        self.count = accelerator.num_processes
+        self.rank: int = accelerator.process_index
+        self.count: int = accelerator.num_processes
 
     @property
     def is_main(self) -> bool:
@@ -44,7 +44,7 @@ class Processes:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over processes."""
-        return tensor if self.count == 1 else self.accelerator.reduce(tensor, reduction="sum")  # type: ignore[no-any-return]
+        return tensor if self.count == 1 else self.accelerator.reduce(tensor, reduction="sum")
 
     def maximum(self, value: int) -> int:
         """The largest of the processes' values."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ class Quiet:
     def stage(self, name: str) -> None: ...
 
     def say(self, message: str) -> None:
-        print(message, file=sys.stderr)
+        Console(stderr=True).print(message, highlight=False)
 
 
 class Live:

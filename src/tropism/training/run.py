@@ -125,7 +125,9 @@ class Run:
             if last or (every is not None and step % every == 0):
                 stop = self._evaluate(step) and not last
             if stop:
-                self._warn(f"stopped after step {step}: {self.config.checkpoints.patience} evaluations without a new best")
+                self._warn(
+                    f"stopped after step {step}: {self.config.checkpoints.patience} evaluations without a new best"
+                )
             keep_every = self.config.checkpoints.every
             if keep_every is not None and step % keep_every == 0 and not last:
                 self._save()
@@ -142,7 +144,9 @@ class Run:
         if self.processes.is_main:
             batch = collected.batch
             columns = {
-                "advantage": ((batch.advantages * batch.loss_mask).sum(-1) / batch.loss_mask.sum(-1).clamp(min=1)).tolist(),
+                "advantage": (
+                    (batch.advantages * batch.loss_mask).sum(-1) / batch.loss_mask.sum(-1).clamp(min=1)
+                ).tolist(),
                 "sequence_kl": ((batch.old_logprobs - batch.ref_logprobs) * batch.completion_mask).sum(-1).tolist(),
             }
             self.folder.write_rollouts(collected.step, collected.inputs, collected.rewards, columns)

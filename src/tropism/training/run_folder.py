@@ -1,12 +1,12 @@
 """Writing a run folder: recipe, metrics, rollouts, evaluations, environment. Only the first process writes.
 
-    recipe.yaml                 resolved
-    environment.json            versions, device, threads
-    metrics.jsonl               one object per collect, update and evaluation; equal for equal runs
-    timings.jsonl               seconds and rates, which are not
-    warnings.jsonl              step and message
-    rollouts/step-000001.parquet, evaluations/step-000000.parquet
-    checkpoints/, best/, model/, report.html
+recipe.yaml                 resolved
+environment.json            versions, device, threads
+metrics.jsonl               one object per collect, update and evaluation; equal for equal runs
+timings.jsonl               seconds and rates, which are not
+warnings.jsonl              step and message
+rollouts/step-000001.parquet, evaluations/step-000000.parquet
+checkpoints/, best/, model/, report.html
 """
 
 from __future__ import annotations

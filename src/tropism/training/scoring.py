@@ -21,7 +21,12 @@ class ModelScorer:
     """
 
     def __init__(
-        self, active: Callable[[], AbstractContextManager[Any]], processes: Processes, *, max_tokens: int, max_rows: int | None
+        self,
+        active: Callable[[], AbstractContextManager[Any]],
+        processes: Processes,
+        *,
+        max_tokens: int,
+        max_rows: int | None,
     ) -> None:
         self.active = active
         self.processes = processes

@@ -27,7 +27,9 @@ from tropism.types import Batch, Metrics, PolicyBatch, Prompt, RewardBatch, Rewa
 class Transcribe(Protocol):
     """Rollouts as reward functions see them: text, ids, finish reasons and columns."""
 
-    def __call__(self, rollouts: Rollouts, prompts: Sequence[Prompt], trainer_state: Mapping[str, int]) -> RewardInputs: ...
+    def __call__(
+        self, rollouts: Rollouts, prompts: Sequence[Prompt], trainer_state: Mapping[str, int]
+    ) -> RewardInputs: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,8 @@ class RolloutSource:
 
     @property
     def updates_per_collect(self) -> int:
-        return self.algorithm.config.num_epochs * len(self.batch or ()) // self.minibatch_size
+        epochs: int = self.algorithm.config.num_epochs
+        return epochs * len(self.batch or ()) // self.minibatch_size
 
     @property
     def done(self) -> bool:
@@ -160,8 +163,13 @@ class RolloutSource:
         }
         self.on_collect(
             Collected(
-                step=self.collects + 1, rollouts=rollouts, inputs=inputs, rewards=rewards, batch=batch,
-                metrics=metrics, timings=timings,
+                step=self.collects + 1,
+                rollouts=rollouts,
+                inputs=inputs,
+                rewards=rewards,
+                batch=batch,
+                metrics=metrics,
+                timings=timings,
             )
         )
         return batch
@@ -209,7 +217,8 @@ class RolloutSource:
         self.stream.load_state_dict(values["stream"])
         self.collects, self.cursor = int(values["collects"]), int(values["cursor"])
         self.harness.load_state_dict(values["rewards"])
-        self.batch = PolicyBatch(**tensors, **values["batch"]) if values["batch"] is not None else None
+        fields_of_batch: dict[str, Any] = {**tensors, **(values["batch"] or {})}
+        self.batch = None if values["batch"] is None else PolicyBatch(**fields_of_batch)
 
 
 def _sequence_kl(batch: PolicyBatch) -> float:
@@ -221,7 +230,9 @@ def collect_metrics(rollouts: Rollouts, rewards: RewardBatch, batch: PolicyBatch
     """What is logged about one collect."""
     groups = rewards.totals.view(-1, group_size)
     lengths = rollouts.completion_lengths.float()
-    distinct = {tuple(row[:n].tolist()) for row, n in zip(rollouts.completion_ids, rollouts.completion_lengths, strict=True)}
+    distinct = {
+        tuple(row[:n].tolist()) for row, n in zip(rollouts.completion_ids, rollouts.completion_lengths, strict=True)
+    }
     metrics: Metrics = {
         "rollout/length_mean": float(lengths.mean()),
         "rollout/tokens": float(lengths.sum()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tropism.errors import NumericsError
 from tropism.training.config import TrainerConfig
@@ -111,7 +113,7 @@ class Trainer:
             NumericsError: a loss or gradient is not finite; the weights are as before.
         """
         started = time.perf_counter()
-        # Dropout is off in every mode; transformers recomputes activations (a field of ModelConfig) in train mode alone.
+        # Dropout is off in every mode; transformers recomputes activations (a ModelConfig field) in train mode alone.
         self.policy.train()
         with torch.no_grad():
             batch = self.algorithm.prepare(batch)
@@ -173,27 +175,33 @@ class Trainer:
             elif not name.endswith("/denominator"):
                 metrics[name] = value
         for name, value in metrics.items():
-            if name.startswith("loss/") and not torch.isfinite(torch.tensor(value)):
+            if name.startswith("loss/") and not math.isfinite(value):
                 self.optimizer.zero_grad(set_to_none=True)
                 raise NumericsError(
-                    f"{name} is {value} at update {self.counts.updates + 1} (step {self.counts.steps + 1}); the weights are "
-                    "unchanged. Lower the learning rate, or clip or normalise the reward"
+                    f"{name} is {value} at update {self.counts.updates + 1} (step {self.counts.steps + 1}); "
+                    "the weights are unchanged. Lower the learning rate, or clip or normalise the reward"
                 )
         return metrics
 
     def _step(self) -> float:
         """Clip, refuse non-finite gradients, step; returns the gradient norm before clipping."""
-        parameters = [p for p in self.policy.parameters() if p.requires_grad and p.grad is not None]
-        limit = float("inf") if self.config.max_grad_norm is None else self.config.max_grad_norm
-        norm = float(self.accelerator.clip_grad_norm_(parameters, limit))
-        if not torch.isfinite(torch.tensor(norm)):
-            named = self.policy.named_parameters()
-            bad = next((n for n, p in named if p.grad is not None and not torch.isfinite(p.grad).all()), "the total norm")
+        named = [(name, p) for name, p in self.policy.named_parameters() if p.grad is not None]
+        total = get_total_norm([p.grad for _, p in named if p.grad is not None])
+        norm = float(total)
+        if not math.isfinite(norm):
+            # Clipping would spread NaN to every gradient, so the culprit is looked for before.
+            bad = next(
+                (name for name, p in named if p.grad is not None and not p.grad.isfinite().all()),
+                "all weights together",
+            )
             self.optimizer.zero_grad(set_to_none=True)
             raise NumericsError(
-                f"the gradient of {bad} is not finite at update {self.counts.updates + 1}; the weights are unchanged. "
-                "Lower the learning rate, or clip or normalise the reward"
+                f"the gradient of {bad} is not finite at update {self.counts.updates + 1} "
+                f"(step {self.counts.steps + 1}); the weights are unchanged. Lower the learning rate, or clip or "
+                "normalise the reward"
             )
+        if self.config.max_grad_norm is not None:
+            clip_grads_with_norm_([p for _, p in named], self.config.max_grad_norm, total)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

@@ -1,0 +1,14 @@
+"""The commands of the command line: a name is also the name of its module here, which is imported when it is used."""
+
+from __future__ import annotations
+
+COMMANDS: dict[str, str] = {
+    "demo": "Turn a small real model toward warm opinions of films and show what it bought; needs no network.",
+    "train": "Train by a recipe; any field can be changed by --dotted.key value.",
+    "generate": "Complete prompts with a trained run or any model.",
+    "evaluate": "Score held-out completions of a run and of the model it started from, or of any model.",
+    "inspect": "Show a few rows of data as the model sees them: text, tokens, masks, positions.",
+    "methods": "List the methods, or the fields of one.",
+    "report": "Write the report.html of a run anew.",
+}
+"""Name and one line of help, in the order of the help."""

@@ -1,0 +1,42 @@
+"""Before and after on the terminal: the table of numbers and pairs of samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from tropism.commands.console import printable
+from tropism.evaluation.summary import SamplePair, Summary, summary_rows
+
+
+def show_summary(out: Console, summary: Summary, *, before: str = "before", after: str = "after") -> None:
+    """The numbers, and what to keep in mind before believing them."""
+    columns = [before, after, "change"] if summary.after else [before]
+    table = Table(title=f"{summary.before.prompts} held-out prompts, 95 % intervals", title_justify="left")
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for label, *values in summary_rows(summary):
+        table.add_row(label, *values[: len(columns)])
+    out.print(table)
+    if summary.after:
+        for caution in summary.cautions:
+            out.print(Text.assemble(("note: ", "yellow"), caution))
+
+
+def show_pairs(out: Console, pairs: Sequence[SamplePair]) -> None:
+    """Completions of the same prompts before and after."""
+    for pair in pairs:
+        out.print(Text(f"\n{printable(pair.prompt)}", "bold"))
+        for label, text, reward in (
+            ("before", pair.before, pair.reward_before),
+            ("after", pair.after, pair.reward_after),
+        ):
+            score = f"{reward:+.2f}" if math.isfinite(reward) else "unscored"
+            line = Text.assemble((f"{label:<7}{score:>6}  ", "dim"), printable(" ".join(text.split())))
+            out.print(Padding(line, (0, 0, 0, 2)))

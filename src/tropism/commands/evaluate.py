@@ -1,0 +1,225 @@
+"""tropism evaluate RUN_OR_MODEL"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tyro
+
+from tropism.commands.console import console, tell
+from tropism.commands.recipe_arguments import (
+    refuse_python_objects,
+    run_recipe_mapping,
+    was_given_from_python,
+    with_overrides,
+)
+from tropism.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from tropism.config import Recipe
+    from tropism.evaluation.run_folder import Evaluation
+    from tropism.models.loading import LoadedModel
+    from tropism.rewards import RewardHarness
+    from tropism.types import Prompt
+
+Table = dict[str, list[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Score held-out completions. Of a run, its recipe says how, and the model it started from is scored beside it.
+
+    Fields of the recipe can be changed as for tropism train, for example --sampling.temperature 0.7.
+    """
+
+    source: tyro.conf.Positional[str]
+    """A run folder, or a model: folder, .gguf file, hub id, or "demo"."""
+    data: str | None = None
+    """File or hub id with the prompts; None: what the run held out."""
+    reward: str | None = None
+    """A registered reward, or file.py:function with --allow-code; None: the run's."""
+    n: int | None = None
+    """Use at most so many prompts; None: all."""
+    out: Path | None = None
+    """Write every prompt, completion and reward to this .parquet or .json file."""
+    allow_code: bool = False
+    """Let the reward name code: module:function or file.py:function."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Evaluate and print the table."""
+    options, overrides = tyro.cli(
+        Options,
+        args=arguments,
+        prog="tropism evaluate",
+        description=Options.__doc__,
+        config=(tyro.conf.FlagCreatePairsOff,),
+        return_unknown_args=True,
+    )
+    if options.n is not None and options.n < 1:
+        raise ConfigError(f"--n must be at least 1, got {options.n}")
+    if options.out is not None and options.out.suffix not in (".parquet", ".json"):
+        raise ConfigError(f"--out {options.out}: name a .parquet or .json file")
+    recipe = _recipe(options, overrides)
+    from tropism.commands.comparison import show_summary
+    from tropism.commands.quiet import quieten_libraries
+    from tropism.evaluation.run_folder import RunData
+    from tropism.evaluation.summary import summarise
+
+    quieten_libraries()
+    tables = _tables(recipe, options)
+    evaluations = [_evaluation(table, step) for step, table in enumerate(tables.values())]
+    names = list(tables)
+    summary = summarise(RunData(folder=Path(options.source), evaluations=evaluations))
+    show_summary(console(), summary, before=names[0], after=names[-1])
+    if options.out is not None:
+        _write(options.out, tables)
+        console().print(f"written: {options.out}", soft_wrap=True)
+
+
+def _recipe(options: Options, overrides: Sequence[str]) -> Recipe:
+    """The recipe of the run, or as much of one as evaluating a model needs; ``data`` is what to evaluate on."""
+    from tropism.config import Recipe
+
+    folder = Path(options.source)
+    is_run = (folder / "recipe.yaml").is_file()
+    if is_run:
+        mapping = run_recipe_mapping(folder)
+    else:
+        missing = [f"--{name}" for name in ("data", "reward") if getattr(options, name) is None]
+        if missing:
+            raise ConfigError(f"{options.source} is no run folder, so {' and '.join(missing)} must say what to score")
+        mapping = {"model": options.source, "algorithm": "grpo", "data": options.data}
+    if options.reward is not None:
+        mapping["reward"] = options.reward
+    if options.data is not None:
+        mapping["data"], mapping["eval_data"] = _with_path(mapping["data"], options.data), None
+    mapping = with_overrides(mapping, overrides)
+    refuse_python_objects({name: mapping.get(name) for name in ("data", "eval_data")}, folder)
+    recipe = Recipe.from_mapping(mapping)
+    if recipe.reward is None:
+        raise ConfigError(f"the run {folder} has no reward; name one: --reward vader")
+    return recipe
+
+
+def _with_path(data: Any, path: str) -> Any:
+    """How a run's records become prompts, with other records."""
+    if not isinstance(data, dict):
+        return path
+    of_the_old_data = ("split", "subset", "revision", "limit", "eval_fraction")
+    return {key: value for key, value in data.items() if key not in of_the_old_data} | {"path": path}
+
+
+def _tables(recipe: Recipe, options: Options) -> dict[str, Table]:
+    """One table per model: the base model first, where there is one that can be loaded."""
+    from tropism.generation import model_path
+    from tropism.models.loading import ModelConfig, load_model
+    from tropism.models.policy import Policy
+    from tropism.recipe_data import prompts_of
+    from tropism.rewards import RewardHarness
+
+    assert recipe.reward is not None
+    harness = RewardHarness(recipe.reward, allow_code=options.allow_code)
+    path = model_path(options.source)
+    is_run = path != options.source
+    fields = recipe.model if isinstance(recipe.model, ModelConfig) else ModelConfig(name=str(recipe.model))
+    trained = load_model(replace(fields, name=path, revision=None) if is_run else fields)
+    base = _base(recipe, fields) if is_run else None
+    limit = Policy(trained.model).context_length
+    training, held_out = prompts_of(recipe, trained.tokenizer, context_length=limit)
+    if not held_out and options.data is None:
+        raise ConfigError(f"the run {options.source} held out no prompts; give some: --data FILE")
+    prompts = (held_out or training)[: options.n]
+    tables = {}
+    if base is not None:
+        tables["base"] = _score(base, base, recipe, prompts, harness)
+    tables["trained" if is_run else "model"] = _score(trained, base, recipe, prompts, harness)
+    return tables
+
+
+def _base(recipe: Recipe, fields: Any) -> LoadedModel | None:
+    """The model that a run started from, or None, said aloud, where it cannot be had any more."""
+    from tropism.models.loading import load_model
+
+    if was_given_from_python(recipe.model):
+        reason = "it was given from Python"
+    else:
+        try:
+            return load_model(fields)
+        except ModelError as error:
+            reason = str(error)
+    tell(f"the model that the run started from is left out: {reason}", label="note: ", style="yellow")
+    return None
+
+
+def _score(
+    loaded: LoadedModel, base: LoadedModel | None, recipe: Recipe, prompts: Sequence[Prompt], harness: RewardHarness
+) -> Table:
+    from tropism.build import accelerator_for
+    from tropism.evaluation.heldout import RewardEvaluation
+    from tropism.models.policy import Policy
+    from tropism.rollouts.engine import EmbeddedSampler
+    from tropism.rollouts.transcribe import Transcriber
+    from tropism.training.processes import Processes
+    from tropism.training.scoring import ModelScorer
+
+    processes = Processes(accelerator_for(recipe))
+    reference = None
+    if base is not None:
+        start = Policy(base.model)
+        most = 2 * recipe.trainer.micro_batch_tokens
+        reference = ModelScorer(
+            lambda: nullcontext(start), processes, max_tokens=most, max_rows=recipe.trainer.micro_batch_size
+        )
+    evaluation = RewardEvaluation(
+        prompts,
+        policy=Policy(loaded.model),
+        sampler=EmbeddedSampler(loaded.tokenizer, loaded.tokens.eos_ids),
+        sampling=recipe.sampling,
+        harness=harness,
+        transcribe=Transcriber(loaded.tokenizer, recipe.sampling.stop),
+        reference=reference,
+        processes=processes,
+        seed=recipe.seed,
+    )
+    return evaluation(0)[1]
+
+
+def _evaluation(table: Table, step: int) -> Evaluation:
+    from tropism.evaluation.run_folder import Evaluation
+
+    def column(name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return np.array(table[name], dtype=np.float64)
+
+    terms = [name for name in table if name.startswith("reward/")]
+    return Evaluation(
+        step=step,
+        prompts=table["prompt"],
+        completions=table["completion"],
+        rewards=column("reward"),
+        lengths=column("length"),
+        sequence_kl=column("sequence_kl"),
+        finish_reasons=table["finish_reason"],
+        terms={name.removeprefix("reward/"): column(name) for name in terms},
+    )
+
+
+def _write(path: Path, tables: dict[str, Table]) -> None:
+    rows: Table = {"model": [name for name, table in tables.items() for _ in table["prompt"]]}
+    for column in next(iter(tables.values())):
+        rows[column] = [value for table in tables.values() for value in table[column]]
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.table(rows), path)
+    else:
+        lines = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+        clean = [{k: None if v != v else v for k, v in line.items()} for line in lines]
+        path.write_text(json.dumps(clean, ensure_ascii=False, indent=1), encoding="utf-8")

@@ -1,0 +1,94 @@
+"""tropism generate RUN_OR_MODEL "prompt" ..."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tyro
+from rich.padding import Padding
+from rich.text import Text
+
+from tropism.commands.console import console, printable
+from tropism.errors import DataError
+from tropism.types import Messages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Complete prompts with a trained run or any model."""
+
+    source: tyro.conf.Positional[str]
+    """A run folder, a model folder, a .gguf file, a hub id, or "demo"."""
+    prompts: tyro.conf.Positional[tuple[str, ...]]
+    """Texts to complete; - reads them from standard input, one a line."""
+    n: int = 1
+    """Completions per prompt."""
+    max_new_tokens: int = 40
+    """Most tokens of a completion."""
+    temperature: float = 1.0
+    """Logits are divided by it; 0 takes the most likely token."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with at least this probability."""
+    min_p: float = 0.0
+    """Keep tokens with at least this share of the most likely token's probability."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that were there already less likely."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion."""
+    seed: int = 0
+    """Equal seeds give equal completions."""
+    chat: bool = False
+    """Send each prompt as a user's message through the model's chat template."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Load the model, complete the prompts, print both."""
+    options = tyro.cli(
+        Options,
+        args=arguments,
+        prog="tropism generate",
+        description=Options.__doc__,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    texts = _texts(options.prompts)
+    from tropism.commands.quiet import quieten_libraries
+    from tropism.generation import TextPolicy
+
+    quieten_libraries()
+    policy = TextPolicy.load(options.source, device=options.device)
+    prompts: list[str | Messages] = [[{"role": "user", "content": text}] if options.chat else text for text in texts]
+    completions = policy.generate(
+        prompts,
+        n=options.n,
+        seed=options.seed,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        stop=options.stop,
+    )
+    out = console()
+    for index, text in enumerate(texts):
+        out.print(Text(printable(text), "bold"), soft_wrap=True)
+        for completion in completions[index * options.n : (index + 1) * options.n]:
+            out.print(Padding(Text(printable(completion.strip(" "))), (0, 0, 1, 4)))
+
+
+def _texts(prompts: Sequence[str]) -> list[str]:
+    texts: list[str] = []
+    for prompt in prompts:
+        if prompt == "-":
+            texts += [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        else:
+            texts.append(prompt)
+    if not texts:
+        raise DataError("there is no prompt; give texts in quotes, or - to read them from standard input")
+    return texts

@@ -1,0 +1,169 @@
+"""tropism inspect RECIPE.yaml"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tropism.commands.console import console, printable
+from tropism.commands.recipe_arguments import refuse_python_objects, run_recipe_mapping, with_overrides
+from tropism.errors import ConfigError
+from tropism.safe_yaml import read_yaml
+
+if TYPE_CHECKING:
+    from tropism.config import Recipe
+    from tropism.data.demonstrations import Demonstration
+    from tropism.models.loading import LoadedModel
+    from tropism.types import Prompt, Tokens
+
+SAMPLED = 6
+"""Tokens sampled after each prompt, to show where learning begins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Show a few rows of data as the model sees them: text, token ids, attention mask, positions, loss mask, columns.
+
+    Fields of the recipe can be changed as for tropism train, for example --data.path FILE.
+    """
+
+    source: tyro.conf.Positional[str]
+    """A recipe, a run folder, or (with --model) a data file."""
+    model: str | None = None
+    """The model whose tokenizer reads a data file."""
+    rows: int = 3
+    """Rows to show."""
+    tokens: int = 48
+    """Most tokens to list of each row; the middle of longer ones is left out."""
+    demonstrations: bool = False
+    """Read a data file as demonstrations (sft) instead of prompts."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Load tokenizer, model and data, and show the rows."""
+    options, overrides = tyro.cli(
+        Options,
+        args=arguments,
+        prog="tropism inspect",
+        description=Options.__doc__,
+        config=(tyro.conf.FlagCreatePairsOff,),
+        return_unknown_args=True,
+    )
+    if options.rows < 1 or options.tokens < 2:
+        raise ConfigError("--rows must be at least 1 and --tokens at least 2")
+    recipe = _recipe(options, overrides)
+    from tropism.commands.quiet import quieten_libraries
+    from tropism.models.loading import load_model
+    from tropism.models.policy import Policy
+    from tropism.recipe_data import demonstrations_of, prompts_of
+
+    quieten_libraries()
+    loaded = load_model(recipe.model)
+    limit = Policy(loaded.model).context_length
+    if recipe.algorithm.on_policy:
+        prompts, held_out = prompts_of(recipe, loaded.tokenizer, context_length=limit)
+        _show_prompts(recipe, loaded, prompts, held_out, options)
+    else:
+        learned, kept = demonstrations_of(recipe, loaded.tokenizer, context_length=limit)
+        _show_demonstrations(loaded, learned, kept, options)
+
+
+def _recipe(options: Options, overrides: Sequence[str]) -> Recipe:
+    from tropism.config import Recipe
+
+    source = Path(options.source)
+    if source.is_dir() and (source / "recipe.yaml").is_file():
+        mapping = run_recipe_mapping(source)
+    elif source.suffix in (".yaml", ".yml"):
+        mapping = read_yaml(source)
+    elif options.model is None:
+        raise ConfigError(f"{source} is no recipe (.yaml); to show a data file, name the model: --model MODEL")
+    else:
+        # The reward is not called; the method only decides how records are read.
+        method = {"algorithm": "sft"} if options.demonstrations else {"algorithm": "grpo", "reward": "length"}
+        mapping = {"data": str(source), "sampling": {"max_new_tokens": SAMPLED}, **method}
+    if options.model is not None:
+        mapping["model"] = options.model
+    mapping = with_overrides(mapping, overrides)
+    refuse_python_objects(mapping, source)
+    return Recipe.from_mapping(mapping)
+
+
+def _show_prompts(
+    recipe: Recipe, loaded: LoadedModel, prompts: Sequence[Prompt], held_out: Sequence[Prompt], options: Options
+) -> None:
+    """Prompts, each with a few sampled tokens, so that the mask of what is learned can be seen."""
+    from dataclasses import replace
+
+    from tropism.models.policy import Policy
+    from tropism.rollouts.engine import EmbeddedSampler
+    from tropism.rollouts.randomness import StreamKey
+
+    out, shown = console(), prompts[: options.rows]
+    new = min(SAMPLED, recipe.sampling.max_new_tokens)
+    sampling = replace(recipe.sampling, max_new_tokens=new, min_new_tokens=min(new, recipe.sampling.min_new_tokens))
+    sampler = EmbeddedSampler(loaded.tokenizer, loaded.tokens.eos_ids)
+    key = StreamKey(seed=recipe.seed, purpose="checks")
+    tokens = sampler.generate(Policy(loaded.model), shown, sampling, 1, key=key).to("cpu")
+    out.print(
+        f"{len(prompts)} prompts to train on, {len(held_out)} held out. Here each is followed by {new} sampled tokens "
+        f"(in training by at most {recipe.sampling.max_new_tokens}); those are what is learned from."
+    )
+    for index, prompt in enumerate(shown):
+        _show_text(out, index, prompt.text)
+        _show_tokens(out, loaded, tokens, tokens.completion_mask, index, options.tokens)
+        for name, value in prompt.columns.items():
+            out.print(Text.assemble((f"  {name}: ", "cyan"), printable(repr(value)[:300])), soft_wrap=True)
+
+
+def _show_demonstrations(
+    loaded: LoadedModel, learned: Sequence[Demonstration], held_out: Sequence[Demonstration], options: Options
+) -> None:
+    from tropism.data.demonstrations import collate_demonstrations
+
+    out, shown = console(), learned[: options.rows]
+    batch = collate_demonstrations(shown)
+    out.print(f"{len(learned)} demonstrations to train on, {len(held_out)} held out.")
+    for index, one in enumerate(shown):
+        _show_text(out, index, loaded.tokenizer.decode([*one.prompt_ids, *one.completion_ids]))
+        _show_tokens(out, loaded, batch, batch.loss_mask, index, options.tokens)
+
+
+def _show_text(out: Console, index: int, text: Any) -> None:
+    out.print(Text.assemble((f"\nrow {index}  ", "bold"), printable(text)[:1000]), soft_wrap=True)
+
+
+def _show_tokens(out: Console, loaded: LoadedModel, tokens: Tokens, learned: Any, row: int, most: int) -> None:
+    """One line per entry of the row as the forward pass gets it, pads included."""
+    from tropism.models.policy import join
+
+    ids, attention, positions, first = join(**tokens.inputs, padding="right")
+    begin, total = int(first[row]), int(tokens.total_lengths[row])
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
+    for column in ("index", "id", "token", "attention", "position", "loss"):
+        table.add_column(column, justify="left" if column == "token" else "right")
+    places = [*range(total), *range(total, min(total + 2, ids.shape[1]))]
+    for number, place in enumerate(places):
+        if len(places) > most and most // 2 <= number < len(places) - most // 2:
+            if number == most // 2:
+                table.add_row("...", "", f"{len(places) - 2 * (most // 2)} more", "", "", "")
+            continue
+        real = bool(attention[row, place])
+        loss = real and place >= begin and bool(learned[row, place - begin])
+        text = printable(repr(_piece(loaded, ids[row, : place + 1].tolist()))) if real else "(pad)"
+        number_of = str(int(ids[row, place])) if real else ""
+        table.add_row(str(place), number_of, text, str(int(real)), str(int(positions[row, place])), str(int(loss)))
+    out.print(table)
+
+
+def _piece(loaded: LoadedModel, ids: list[int]) -> str:
+    """What the last token adds to the text: decoded alone, many tokenizers lose its leading space."""
+    head, whole = loaded.tokenizer.decode(ids[:-1]), loaded.tokenizer.decode(ids)
+    return whole[len(head) :] if whole.startswith(head) else loaded.tokenizer.decode(ids[-1:])

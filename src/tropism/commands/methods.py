@@ -1,0 +1,44 @@
+"""tropism methods [NAME]"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tyro
+from rich.padding import Padding
+from rich.text import Text
+
+from tropism.commands.console import console
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """List the methods, or the fields of one."""
+
+    name: tyro.conf.Positional[str] = ""
+    """A method, to see its fields; leave it out for the list."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Show the table of methods, or one method's fields."""
+    options = tyro.cli(Options, args=arguments, prog="tropism methods", description=Options.__doc__)
+    from tropism.algorithms import ALGORITHMS
+    from tropism.commands.recipe_help import entries, show_entries
+    from tropism.config import method_named
+
+    out = console()
+    if not options.name:
+        for name, method in ALGORITHMS.items():
+            source = "its own completions, rewarded" if method.on_policy else "demonstrations"
+            first = " ".join((inspect.getdoc(method) or "").split("\n\n")[0].split())
+            out.print(Text.assemble((f"{name:<6}", "bold"), ("learns from ", "dim"), source))
+            for line in (first, f"presets: {', '.join(method.presets) or 'none'}"):
+                out.print(Padding(Text(line), (0, 0, 0, 6)))
+        out.print("\nThe fields of one: tropism methods NAME. In a recipe: algorithm: {name: NAME, preset: ...}")
+        return
+    method = method_named(options.name)
+    out.print(inspect.getdoc(method))
+    out.print(f"presets: {', '.join(method.presets) or 'none'}\n")
+    show_entries(out, entries(method, "algorithm."))

@@ -1,0 +1,97 @@
+"""From the words of a command line to a recipe: a file, and ``--dotted.key value`` over it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tropism.errors import ConfigError
+from tropism.schema import apply_overrides, read_yaml
+
+SHORTHANDS = {"algorithm": "name", "model": "name", "data": "path", "eval_data": "path", "reward": "use"}
+"""Sections that may be one word in a recipe, and the field that the word is for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """A command line taken apart."""
+
+    flags: frozenset[str]
+    """Those of the known flags that were given."""
+    sources: tuple[str, ...]
+    """Words that belong to no key."""
+    overrides: tuple[str, ...]
+    """Each ``--key=value``, or ``--key`` and ``value`` one after the other."""
+
+
+def take_apart(arguments: Sequence[str], flags: Mapping[str, str]) -> Words:
+    """Flags, sources and overrides.
+
+    Args:
+        flags: option -> name of the flag, such as ``{"-h": "help"}``; a flag takes no value.
+    """
+    found: set[str] = set()
+    sources: list[str] = []
+    overrides: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word in flags:
+            found.add(flags[word])
+        elif not word.startswith("-"):
+            sources.append(word)
+        else:
+            key, equals, value = word.partition("=")
+            overrides.append(_field_key(key) + equals + value)
+            following = None if equals else next(words, None)
+            if following is not None:
+                overrides.append(following)
+    return Words(flags=frozenset(found), sources=tuple(sources), overrides=tuple(overrides))
+
+
+def _field_key(option: str) -> str:
+    """``--total-steps`` means ``--total_steps``; the names of reward terms, which may hold a hyphen, stay."""
+    return option if option.startswith("--reward") else "--" + option.removeprefix("--").replace("-", "_")
+
+
+def with_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The mapping with the overrides in it; ``--algorithm.kl_coef 0`` keeps the name of ``algorithm: grpo``."""
+    keys = [word[2:].partition("=")[0] for word in overrides if word.startswith("--")]
+    merged = dict(mapping)
+    for section, field in SHORTHANDS.items():
+        if isinstance(merged.get(section), str) and any(key.startswith(f"{section}.") for key in keys):
+            merged[section] = {field: merged[section]}
+    return apply_overrides(merged, overrides)
+
+
+def run_recipe_mapping(folder: Path) -> dict[str, Any]:
+    """What ``recipe.yaml`` of a run folder says, with the folder as it is now.
+
+    Raises:
+        ConfigError: it is no run folder.
+    """
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is no run folder: it holds no recipe.yaml; give runs/<name>")
+    return {**read_yaml(path), "run": str(folder)}
+
+
+def was_given_from_python(value: Any) -> bool:
+    """Whether a field of a written recipe only describes an object of a Python program."""
+    return isinstance(value, str) and value.startswith("<") and value.endswith("given from Python>")
+
+
+def refuse_python_objects(mapping: Mapping[str, Any], folder: Path) -> None:
+    """A recipe that only describes the objects of a Python program cannot be run from its file.
+
+    Raises:
+        ConfigError: names the first such field.
+    """
+    for name in ("model", "data", "eval_data"):
+        value = mapping.get(name)
+        if was_given_from_python(value):
+            raise ConfigError(
+                f"{name}: the run {folder} was given {value.strip('<>')}, which its recipe.yaml cannot hold; "
+                f"go on with tropism.train(..., run={str(folder)!r}, resume=True), or give a file (--{name} FILE)"
+            )

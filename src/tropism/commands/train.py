@@ -1,0 +1,156 @@
+"""tropism train RECIPE.yaml --dotted.key value ..."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tropism.commands.console import console, tell
+from tropism.commands.recipe_arguments import (
+    Words,
+    refuse_python_objects,
+    run_recipe_mapping,
+    take_apart,
+    with_overrides,
+)
+from tropism.errors import ConfigError
+from tropism.safe_yaml import read_yaml
+from tropism.training.interrupt import Interrupted
+
+if TYPE_CHECKING:
+    from tropism.config import Recipe
+
+FLAGS = {
+    "-h": "help",
+    "--help": "help",
+    "--resume": "resume",
+    "--allow-code": "allow_code",
+    "--dry-run": "dry_run",
+}
+
+USAGE = """\
+usage: tropism train RECIPE.yaml [--dotted.key VALUE ...] [--allow-code] [--dry-run]
+       tropism train --resume RUN_FOLDER [--dotted.key VALUE ...]
+
+  --resume       go on with a run from its newest complete checkpoint
+  --allow-code   let the recipe name reward functions: module:function or file.py:function
+  --dry-run      print the resolved recipe and check everything (data, model, reward), but do not train
+  --debug        show tracebacks and more messages
+
+The recipe may be left out if the keys say everything. `tropism train RECIPE.yaml --help` shows that recipe's values."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Train, resume, check or explain."""
+    words = take_apart(arguments, FLAGS)
+    if "help" in words.flags or not arguments:
+        _help(words)
+        return
+    resume = "resume" in words.flags
+    mapping = _mapping(words, resume=resume)
+    from tropism.build import Assembly, free_run, run_recipe
+    from tropism.commands.quiet import quieten_libraries
+    from tropism.config import Recipe
+
+    quieten_libraries()
+    recipe = Recipe.from_mapping(mapping)
+    if resume and recipe.run is None:
+        raise ConfigError("--resume needs to know the run: tropism train --resume RUN_FOLDER")
+    allow_code = "allow_code" in words.flags
+    if "dry_run" in words.flags:
+        assembled = Assembly(recipe, resume=resume, allow_code=allow_code)
+        assembled.check()
+        _show_dry_run(assembled)
+        return
+    if recipe.run is None:
+        recipe = replace(recipe, run=str(free_run(recipe.algorithm.name)))
+    with_interrupts_told(lambda: run_recipe(recipe, resume=resume, allow_code=allow_code), Path(str(recipe.run)))
+    _show_end(recipe)
+
+
+def with_interrupts_told(train: Any, folder: Path) -> Any:
+    """Call ``train``; after a signal say what was saved and how to go on, and let the interruption pass."""
+    try:
+        return train()
+    except Interrupted:
+        from tropism.training.checkpoint import newest_complete
+
+        newest, _ = newest_complete(folder / "checkpoints")
+        if newest is None:
+            tell(f"nothing is saved in {folder}", label="interrupted: ", style="bold yellow")
+        else:
+            tell(
+                f"saved {newest}; go on with: tropism train --resume {folder}",
+                label="interrupted: ",
+                style="bold yellow",
+            )
+        raise
+
+
+def _mapping(words: Words, *, resume: bool) -> dict[str, Any]:
+    """The plain values of the recipe."""
+    if len(words.sources) > 1:
+        raise ConfigError(f"expected one recipe, got {len(words.sources)}: {', '.join(words.sources)}")
+    if not words.sources:
+        return with_overrides({}, words.overrides)
+    source = Path(words.sources[0])
+    if not source.is_dir():
+        return with_overrides(read_yaml(source), words.overrides)
+    if not resume:
+        raise ConfigError(f"{source} is a folder; give a recipe file, or go on with a run: --resume {source}")
+    mapping = with_overrides(run_recipe_mapping(source), words.overrides)
+    refuse_python_objects(mapping, source)
+    return mapping
+
+
+def _help(words: Words) -> None:
+    from tropism.commands.recipe_help import show_recipe_help
+
+    out = console()
+    out.print(USAGE)
+    if not words.sources and not words.overrides:
+        show_recipe_help(out, None)
+        return
+    from tropism.config import Recipe
+
+    mapping = _mapping(words, resume="resume" in words.flags)
+    show_recipe_help(out, Recipe.from_mapping(mapping))
+
+
+def _show_dry_run(assembled: Any) -> None:
+    recipe: Recipe = assembled.recipe
+    out = console()
+    out.print(recipe.to_yaml(), soft_wrap=True)
+    trained = sum(p.numel() for p in assembled.policy.parameters() if p.requires_grad)
+    weights = sum(p.numel() for p in assembled.policy.parameters())
+    facts = [f"run folder: {assembled.folder.path}"]
+    if recipe.algorithm.on_policy:
+        completions = recipe.prompts_per_step * recipe.algorithm.group_size  # type: ignore[attr-defined]
+        tokens = completions * recipe.sampling.max_new_tokens
+        facts += [
+            f"prompts: {len(assembled.prompts)}",
+            f"completions per step: {completions}",
+            f"tokens per step: at most {tokens:,}",
+        ]
+    else:
+        facts += [
+            f"demonstrations: {len(assembled.trainer.source.stream.items)}",
+            f"demonstrations per step: {recipe.prompts_per_step}",
+        ]
+    held_out = [len(evaluation) for evaluation in assembled.run.evaluations]
+    facts += [
+        f"held out: {' and '.join(map(str, held_out)) or 'none'}",
+        f"trained weights: {trained:,} of {weights:,}",
+        f"learning rate: {assembled.trainer.learning_rate:g}",
+    ]
+    out.print("\n".join(facts))
+    out.print("Everything checked: ready to train.")
+
+
+def _show_end(recipe: Recipe) -> None:
+    folder = Path(str(recipe.run))
+    out = console()
+    out.print(f"model:  {folder / 'model'}\nreport: {folder / 'report.html'}", soft_wrap=True)
+    out.print(f'next:   tropism generate {folder} "..."', soft_wrap=True)
