@@ -14,9 +14,12 @@ from tropism.algorithms import GRPO, PPO, RLOO, SFT, AlgorithmConfig, KLControl
 from tropism.build import Assembly
 from tropism.config import Recipe
 from tropism.models.lora import LoRA
+from tropism.data.prompts import make_prompts
 from tropism.rewards import RewardConfig
 from tropism.rollouts.config import Sampling
-from tropism.training.config import CheckpointConfig, TrainerConfig
+from tropism.rollouts.randomness import StreamKey
+from tropism.training.config import TrainerConfig
+from tropism.types import Rollouts
 
 PROMPTS = ["a cat", "the big dog", "oh", "is it so, my friend?", "we ran", "no"]
 TEXTS = ["a cat sat on a mat.", "the dog ran.", "oh no!", "is it so, my friend? it is.", "we ran and ran.", "no, no."]
@@ -58,9 +61,9 @@ SETTINGS = [s for s in ALL_SETTINGS if s.adapter == (s.family == "gpt2")]
 """One family each: all weights of a Llama, an adapter on a GPT-2 (whose layers are transposed)."""
 
 
-def letter_a(completions: list[str]) -> list[float]:
-    """The share of the letter a: a reward that a random model can raise."""
-    return [text.count("a") / max(1, len(text)) for text in completions]
+def early_letters(completions: list[str]) -> list[float]:
+    """The share of letters before n: a reward that differs from completion to completion and is easily raised."""
+    return [sum(letter in "abcdefghijklm" for letter in text) / max(1, len(text)) for text in completions]
 
 
 def make_recipe(setting: Setting, run: Path, **changes: Any) -> Recipe:
@@ -71,7 +74,7 @@ def make_recipe(setting: Setting, run: Path, **changes: Any) -> Recipe:
         "model": (tiny_model(setting.family, seed=3), tiny_tokenizer()),
         "algorithm": algorithm,
         "data": list(PROMPTS if algorithm.on_policy else TEXTS),
-        "reward": RewardConfig.of({"terms": {"a": {"use": letter_a}}, "scale": "running"}),
+        "reward": RewardConfig.of({"terms": {"early": {"use": early_letters}}, "scale": "running"}),
         "run": str(run),
         "total_steps": 2 if algorithm.on_policy else 4,
         "prompts_per_step": 4,
@@ -90,8 +93,10 @@ def assemble(setting: Setting, run: Path, *, resume: bool = False, **changes: An
     return Assembly(make_recipe(setting, run, **changes), resume=resume)
 
 
-def execute(assembly: Assembly) -> Assembly:
-    """Run it to its end."""
+def execute(assembly: Assembly, *, export: bool = False) -> Assembly:
+    """Run it to its end; exporting the model and writing the report take a third of the time, so few tests do."""
+    if not export:
+        assembly.run.export = lambda: None
     assembly.check()
     assembly.run.execute(assembly.recipe.total_steps, resumed=assembly.checkpoint)
     return assembly
@@ -121,5 +126,8 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert not different, f"{len(different)} of {len(one)} tensors differ, first {different[0]}"
 
 
-FEW_CHECKPOINTS = CheckpointConfig()
-EVERY_STEP = CheckpointConfig(every=1, keep=100)
+def sample(assembly: Assembly, *, group: int = 2) -> Rollouts:
+    """Completions of every prompt by the policy as it is."""
+    prompts = make_prompts(PROMPTS, assembly.loaded.tokenizer, max_length=None)
+    key = StreamKey(seed=11, purpose="checks")
+    return assembly.sampler.generate(assembly.policy, prompts, assembly.recipe.sampling, group, key=key)

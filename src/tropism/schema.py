@@ -178,7 +178,7 @@ def _convert_scalar(value: Any, hint: type[Any], path: str) -> Any:
         raise ConfigError(f"{path}: expected one of {', '.join(str(m.value) for m in hint)}, got {_show(value)}")
     if issubclass(hint, Path) and isinstance(value, str):
         return hint(value)
-    mend = "; put it in quotes" if hint is str and isinstance(value, int | float) else ""
+    mend = "; put it in quotes" if hint is str and isinstance(value, int | float | Mapping | list) else ""
     raise ConfigError(f"{path}: expected {_type_name(hint)}, got {_show(value)}{mend}")
 
 

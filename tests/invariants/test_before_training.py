@@ -7,16 +7,53 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import ALL_SETTINGS, PROMPTS, Setting, assemble, execute
+from tiny_runs import ALL_SETTINGS, Setting, assemble, execute, sample
 
 from tropism.models.policy import Reference
-from tropism.rollouts.randomness import StreamKey
-from tropism.training.preflight import sample_rows
-from tropism.training.scoring import ModelScorer
+
+ON_POLICY_SETTINGS = [s for s in ALL_SETTINGS if s.algorithm.on_policy]
 
 
 @pytest.mark.parametrize("setting", ALL_SETTINGS, ids=str)
-def test_policy_and_reference_agree_bit_for_bit_before_the_first_update(setting: Setting, tmp_path: Path) -> None:
+def test_policy_and_reference_agree_bit_for_bit(setting: Setting, tmp_path: Path) -> None:
     assembly = assemble(setting, tmp_path / "run")
-    prompts = assembly._make_prompts(PROMPTS) if hasattr(assembly, "_make_prompts") else assembly.prompts
-    del prompts, Reference, StreamKey, ModelScorer, sample_rows, json, torch, execute
+    rollouts = sample(assembly)
+    reference = assembly.reference or Reference(assembly.policy)
+    with torch.no_grad():
+        own = assembly.policy(**rollouts.inputs).logprobs
+        with reference.active() as model:
+            other = model(**rollouts.inputs).logprobs
+    assert float(own.abs().sum()) > 0
+    assert torch.equal(own, other)
+
+
+@pytest.mark.parametrize("setting", ON_POLICY_SETTINGS, ids=str)
+def test_first_update_logs_ratio_one_and_no_kl(setting: Setting, tmp_path: Path) -> None:
+    algorithm = setting.with_algorithm(num_epochs=1, minibatch_size=None)
+    execute(assemble(setting, tmp_path / "run", algorithm=algorithm, trainer={"recompute_logprobs": True}))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first = next(row for row in rows if row["kind"] == "update")
+    assert first["policy/ratio"] == 1.0
+    assert first["policy/approx_kl"] == 0.0
+    assert first["policy/ref_kl"] == 0.0
+    assert first["policy/ref_kl_k3"] == 0.0
+    assert first["policy/clip_fraction"] == 0.0
+    assert next(row for row in rows if row["kind"] == "collect")["policy/sequence_kl"] == 0.0
+
+
+@pytest.mark.parametrize("setting", ON_POLICY_SETTINGS, ids=str)
+def test_logprobs_of_sampling_are_those_of_training(setting: Setting, tmp_path: Path) -> None:
+    """Against generation, not against a second identical forward pass, which hides wrong positions on both sides."""
+    assembly = assemble(setting, tmp_path / "run")
+    rollouts = sample(assembly)
+    mask = rollouts.completion_mask
+    for padding in ("right", "left", "both"):
+        assembly.policy.padding = padding  # type: ignore[assignment]
+        with torch.no_grad():
+            logprobs = assembly.policy(**rollouts.inputs).logprobs
+        assert float((logprobs - rollouts.logprobs)[mask].abs().max()) < 1e-5
+    for row in range(len(rollouts)):
+        alone = rollouts.select(torch.tensor([row]))
+        with torch.no_grad():
+            logprobs = assembly.policy(**alone.inputs).logprobs
+        assert float((logprobs - alone.logprobs).abs().max()) < 1e-5

@@ -295,12 +295,12 @@ class RescaledLM(nn.Module):
         return head
 
     def forward(self, **arguments: Any) -> CausalLMOutputWithPast:
-        return CausalLMOutputWithPast(logits=self.factor * self.inner(**arguments).logits)  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(logits=self.factor * self.inner(**arguments).logits)
 
 
 def test_a_family_with_unknown_treatment_of_its_logits_is_refused() -> None:
     Policy(RescaledLM(1.0))
-    with pytest.raises(ModelError, match="RescaledLM computes logits .* does not know"):
+    with pytest.raises(ModelError, match=r"RescaledLM computes logits .* does not know"):
         Policy(RescaledLM(0.9))
 
 

@@ -80,9 +80,9 @@ class Counting:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_with_a_cache_is_greedy_by_full_forward_passes(family: str) -> None:
     policy = policy_of(family)
-    rollouts = sample(policy, temperature=0, max_new_tokens=9, batch_size=4)
+    rollouts = sample(policy, temperature=0, max_new_tokens=6, batch_size=4)
     for index, prompt in enumerate(PROMPTS):
-        ids, logprobs = slow_completion(policy.model, prompt, greedy, new=9)
+        ids, logprobs = slow_completion(policy.model, prompt, greedy, new=6)
         assert completions(rollouts)[index] == ids
         assert sampled_logprobs(rollouts)[index] == pytest.approx(logprobs, abs=1e-5)
         assert rollouts.finish_reasons[index] == ("eos" if ids[-1] == EOS_ID else "length")
@@ -94,14 +94,14 @@ def test_greedy_with_a_cache_is_greedy_by_full_forward_passes(family: str) -> No
 def test_samples_are_those_of_a_slow_loop_with_the_same_uniforms(family: str) -> None:
     """Rows leave and enter here: 12 rows, 5 places. Prompts and completions exceed the sliding windows."""
     policy = policy_of(family)
-    rollouts = sample(policy, n=2, temperature=0.8, max_new_tokens=10, batch_size=5, first_index=7)
+    rollouts = sample(policy, n=2, temperature=0.8, max_new_tokens=8, batch_size=5, first_index=7)
     for row, ids in enumerate(completions(rollouts)):
         prompt = PROMPTS[row // 2]
         slow_ids, logprobs = slow_completion(
             policy.model,
             prompt,
             keyed(11, 7 + row, collect=3),
-            new=10,
+            new=8,
             temperature=0.8,
         )
         assert ids == slow_ids
@@ -124,20 +124,20 @@ def test_the_training_forward_gives_the_logprobs_of_sampling(family: str) -> Non
 @pytest.mark.parametrize("family", ["gpt2", "mistral", "gemma3", "bloom"])
 def test_a_sample_depends_on_no_neighbour_order_padding_batch_size_or_n(family: str) -> None:
     policy = policy_of(family)
-    whole = completions(sample(policy, n=3, max_new_tokens=12))
+    whole = completions(sample(policy, n=2, max_new_tokens=8))
     assert len({tuple(ids) for ids in whole}) > len(PROMPTS)
     for batch_size in (1, 2, 3, 5):
-        assert completions(sample(policy, n=3, max_new_tokens=12, batch_size=batch_size)) == whole
+        assert completions(sample(policy, n=2, max_new_tokens=8, batch_size=batch_size)) == whole
     for row in range(len(whole)):
-        alone = sample(policy, [PROMPTS[row // 3]], first_index=row, max_new_tokens=12)
+        alone = sample(policy, [PROMPTS[row // 2]], first_index=row, max_new_tokens=8)
         assert completions(alone) == [whole[row]]
-    single = [ids for prompt in PROMPTS for ids in [prompt] * 3]
-    assert completions(sample(policy, single, max_new_tokens=12)) == whole
+    single = [ids for prompt in PROMPTS for ids in [prompt] * 2]
+    assert completions(sample(policy, single, max_new_tokens=8)) == whole
     # Long neighbours add padding to the short prompts, and the last samples keep their index.
-    half = sample(policy, PROMPTS[3:], n=3, first_index=9, max_new_tokens=12)
-    assert completions(half) == whole[9:]
-    long = sample(policy, [*PROMPTS, tuple(range(3, 33))], n=3, max_new_tokens=12)
-    assert completions(long)[:-3] == whole
+    half = sample(policy, PROMPTS[3:], n=2, first_index=6, max_new_tokens=8)
+    assert completions(half) == whole[6:]
+    long = sample(policy, [*PROMPTS, tuple(range(3, 33))], n=2, max_new_tokens=8)
+    assert completions(long)[:-2] == whole
 
 
 def test_seed_purpose_collect_and_index_each_change_the_samples() -> None:
@@ -219,8 +219,7 @@ def test_min_new_tokens_forbids_eos_and_stop_tokens_early_and_nothing_else() -> 
 
 def test_logprobs_are_tempered_and_unfiltered_and_behaviour_logprobs_those_sampled_from() -> None:
     policy = policy_of("gpt2")
-    settings = {"temperature": 0.7, "top_k": 4, "repetition_penalty": 1.5}
-    rollouts = sample(policy, max_new_tokens=6, **settings)
+    rollouts = sample(policy, max_new_tokens=6, temperature=0.7, top_k=4, repetition_penalty=1.5)
     for row, ids in enumerate(completions(rollouts)):
         seen = list(PROMPTS[row])
         for t, token in enumerate(ids):
@@ -277,7 +276,10 @@ def test_a_row_may_fill_the_context_exactly() -> None:
         policy = policy_of(family)
         prompt = tuple(3 + i % 30 for i in range(60))
         rollouts = sample(policy, [prompt, (5,)], max_new_tokens=4, eos=())
-        assert completions(rollouts)[0] == slow_completion(policy.model, prompt, keyed(11, 0, collect=3), new=4, eos=None)[0]
+        assert (
+            completions(rollouts)[0]
+            == slow_completion(policy.model, prompt, keyed(11, 0, collect=3), new=4, eos=None)[0]
+        )
 
 
 def test_logits_that_are_not_numbers_are_an_error_not_a_token() -> None:

@@ -13,15 +13,20 @@ from rich.text import Text
 from tropism.commands.console import printable
 from tropism.evaluation.summary import SamplePair, Summary, summary_rows
 
+WIDE = 105
+"""Columns from which a number and its interval stand on one line."""
+
 
 def show_summary(out: Console, summary: Summary, *, before: str = "before", after: str = "after") -> None:
     """The numbers, and what to keep in mind before believing them."""
     columns = [before, after, "change"] if summary.after else [before]
     table = Table(title=f"{summary.before.prompts} held-out prompts, 95 % intervals", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
-    for label, *values in summary_rows(summary):
+    between = " " if out.width >= WIDE else "\n"
+    for label, *texts in summary_rows(summary):
+        values = [text.replace(" [", f"{between}[") for text in texts]
         table.add_row(label, *values[: len(columns)])
     out.print(table)
     if summary.after:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import tyro
 from rich.padding import Padding
 from rich.text import Text
 
 from tropism.commands.console import console, printable
-from tropism.errors import DataError
-from tropism.types import Messages
+from tropism.errors import ConfigError, DataError
+from tropism.schema import build
+
+if TYPE_CHECKING:
+    from tropism.types import Messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,24 +61,19 @@ def run(arguments: Sequence[str]) -> None:
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     texts = _texts(options.prompts)
+    if options.n < 1:
+        raise ConfigError(f"--n must be at least 1, got {options.n}")
     from tropism.commands.quiet import quieten_libraries
     from tropism.generation import TextPolicy
+    from tropism.rollouts.config import Sampling
 
+    own = ("source", "prompts", "n", "seed", "chat", "device")
+    sampling = build(Sampling, {name: value for name, value in vars(options).items() if name not in own})
     quieten_libraries()
     policy = TextPolicy.load(options.source, device=options.device)
+    policy.sampling = sampling
     prompts: list[str | Messages] = [[{"role": "user", "content": text}] if options.chat else text for text in texts]
-    completions = policy.generate(
-        prompts,
-        n=options.n,
-        seed=options.seed,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
-        stop=options.stop,
-    )
+    completions = policy.generate(prompts, n=options.n, seed=options.seed)
     out = console()
     for index, text in enumerate(texts):
         out.print(Text(printable(text), "bold"), soft_wrap=True)

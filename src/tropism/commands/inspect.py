@@ -165,5 +165,5 @@ def _show_tokens(out: Console, loaded: LoadedModel, tokens: Tokens, learned: Any
 
 def _piece(loaded: LoadedModel, ids: list[int]) -> str:
     """What the last token adds to the text: decoded alone, many tokenizers lose its leading space."""
-    head, whole = loaded.tokenizer.decode(ids[:-1]), loaded.tokenizer.decode(ids)
-    return whole[len(head) :] if whole.startswith(head) else loaded.tokenizer.decode(ids[-1:])
+    head, whole, alone = (str(loaded.tokenizer.decode(part)) for part in (ids[:-1], ids, ids[-1:]))
+    return whole[len(head) :] if whole.startswith(head) else alone

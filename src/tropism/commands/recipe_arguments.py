@@ -92,6 +92,6 @@ def refuse_python_objects(mapping: Mapping[str, Any], folder: Path) -> None:
         value = mapping.get(name)
         if was_given_from_python(value):
             raise ConfigError(
-                f"{name}: the run {folder} was given {value.strip('<>')}, which its recipe.yaml cannot hold; "
+                f"{name}: the run {folder} was given {str(value).strip('<>')}, which its recipe.yaml cannot hold; "
                 f"go on with tropism.train(..., run={str(folder)!r}, resume=True), or give a file (--{name} FILE)"
             )

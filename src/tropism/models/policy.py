@@ -96,7 +96,8 @@ class Policy(nn.Module):
     @property
     def language_model(self) -> Any:
         """The causal LM itself, without its PEFT wrapper (whose layers stay active inside it)."""
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "peft_config") else model
 
     @property
     def body(self) -> Any:

@@ -22,7 +22,7 @@ def penalise_repetition(logits: Tensor, ids: Sequence[Sequence[int]], penalty: f
     """
     # Repeats fill the shorter rows up: a token written twice gets the same value twice.
     longest = max(len(seen) for seen in ids)
-    index = torch.tensor([[*seen, *(seen[-1:] * (longest - len(seen)))] for seen in ids], device=logits.device)
+    index = torch.tensor([[*seen, *[seen[-1]] * (longest - len(seen))] for seen in ids], device=logits.device)
     values = logits.gather(-1, index)
     return logits.scatter(-1, index, torch.where(values > 0, values / penalty, values * penalty))
 
@@ -56,7 +56,7 @@ def _nucleus_threshold(logits: Tensor, top_p: float) -> Tensor:
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """One token per row by the inverse CDF of softmax(logits [R, V]) at ``uniforms`` [R] (float64, in [0, 1), any device).
+    """One token per row by the inverse CDF of softmax(logits [R, V]) at ``uniforms`` [R] (float64 in [0, 1)).
 
     Exact to float64 sums: blocks of the vocabulary are summed first, then the block that holds the answer is searched,
     which costs one pass instead of a cumulative sum (or a sort) over the whole vocabulary. A token of probability zero

@@ -20,7 +20,7 @@ class SlabLayer(CacheLayerMixin):
     is_compileable = False
 
     def __init__(self, slots: int, columns: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.slots, self.columns = slots, columns
         self.rows = self.cursor = 0
 
@@ -66,7 +66,7 @@ class SlabCache(Cache):
 
     def __init__(self, *, layers: int, slots: int, columns: int, starts: Tensor) -> None:
         self.slabs = [SlabLayer(slots, columns) for _ in range(layers)]
-        super().__init__(layers=self.slabs)
+        super().__init__(layers=list(self.slabs))
         self.columns = columns
         self.starts = starts
         self.cursor = 0

@@ -17,6 +17,8 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 def added_text(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:
     """What ``ids`` add to the text of ``before``: decoded alone, many tokenizers lose a leading space."""
+    if not before:
+        return decode(tokenizer, ids)
     head, whole = decode(tokenizer, before), decode(tokenizer, [*before, *ids])
     return whole[len(head) :] if whole.startswith(head) else decode(tokenizer, ids)
 

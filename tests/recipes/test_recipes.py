@@ -1,0 +1,113 @@
+"""Every recipe parses strictly, and trains two steps of a tiny model on local data, leaving a complete run folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tropism.algorithms import ALGORITHMS
+from tropism.cli import main
+from tropism.config import Recipe
+from tropism.data.prompts import make_prompts
+from tropism.rewards import RewardHarness
+from tropism.types import RewardInputs
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = {path.name: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
+FILMS = ROOT / "src" / "tropism" / "demo_data"
+
+LOCAL: dict[str, tuple[str, ...]] = {
+    "grpo-warm-films.yaml": ("--data", f"{FILMS}/train.txt", "--eval_data", f"{FILMS}/held_out.txt"),
+    "grpo-gsm8k.yaml": (
+        *("--data.path", "{shared}/data/gsm8k/test.jsonl.gz", "--data.limit", "6", "--data.eval_fraction", "0.4"),
+        *("--data.chat", "false", "--data.template", "'{{question}}'"),
+    ),
+    "ppo-imdb.yaml": (
+        *("--data.path", "{shared}/data/imdb/small_train.jsonl.gz", "--data.limit", "8", "--data.eval_fraction", "0.3"),
+        *("--reward", "vader"),
+    ),
+    "rloo-brief-and-kind.yaml": (
+        "--data.path",
+        f"{FILMS}/train.txt",
+        "--data.chat",
+        "false",
+        "--data.system_prompt=null",
+    ),
+    "sft-imdb.yaml": ("--data.path", "{shared}/data/imdb/small_train.jsonl.gz", "--data.limit", "8"),
+}
+"""What replaces the hub's data sets, and what needs a chat template or a classifier, which the tiny model lacks."""
+
+
+def test_every_recipe_is_smoke_run_and_every_method_has_one() -> None:
+    assert set(LOCAL) == set(RECIPES)
+    assert {Recipe.from_file(path).algorithm.name for path in RECIPES.values()} == set(ALGORITHMS)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_command_in_the_comment_is_that_of_the_recipe(name: str) -> None:
+    text = RECIPES[name].read_text()
+    assert text.startswith("# ")
+    assert re.findall(r"tropism train (\S+)", text)
+    assert set(re.findall(r"tropism train (\S+)", text)) == {f"recipes/{name}"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_resolved_and_read_back(name: str) -> None:
+    recipe = Recipe.from_file(RECIPES[name])
+    assert recipe.run is not None and recipe.run.startswith("runs/")
+    copy = ROOT / recipe.data if isinstance(recipe.data, str) else None
+    assert copy is None or copy.is_file()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_runs(name: str, stories: Path, shared: Path, tmp_path: Path) -> None:
+    recipe = Recipe.from_file(RECIPES[name])
+    on_policy = recipe.algorithm.on_policy
+    run = tmp_path / "run"
+    arguments = [
+        *("--model", str(stories), "--run", str(run), "--total_steps", "2", "--prompts_per_step", "2"),
+        *("--sampling.max_new_tokens", "8", "--trainer.evaluation.every", "1", "--trainer.progress", "false"),
+        *(word.format(shared=shared) for word in LOCAL[name]),
+        *(("--algorithm.group_size", "2") if on_policy else ()),
+    ]
+    assert main(["train", str(RECIPES[name]), *arguments]) == 0
+
+    written = Recipe.from_file(run / "recipe.yaml")
+    assert written.total_steps == 2 and written.algorithm.name == recipe.algorithm.name
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    updates = [line for line in lines if line["kind"] == "update"]
+    assert {line["step"] for line in updates} == {1, 2}
+    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [0, 1, 2]
+    if on_policy:
+        table = pq.read_table(run / "rollouts" / "step-000002.parquet").to_pydict()
+        assert len(table["completion"]) == 4
+        assert {f"reward/{term}" for term in written.reward.terms} <= set(table)  # type: ignore[union-attr]
+        assert (run / "evaluations" / "step-000002.parquet").is_file()
+    assert list((run / "checkpoints").iterdir())
+    assert (run / "environment.json").is_file() and (run / "report.html").is_file()
+    AutoModelForCausalLM.from_pretrained(run / "model")
+    AutoTokenizer.from_pretrained(run / "model")
+
+
+def test_gsm8k_answers_reach_the_reward(stories: Path, shared: Path, tmp_path: Path) -> None:
+    """The reward compares with the reference answer of the same row: a model that always says 18 is right on row 0."""
+    recipe = Recipe.from_file(RECIPES["grpo-gsm8k.yaml"])
+    assert recipe.reward is not None
+    data = replace(recipe.data, path=str(shared / "data/gsm8k/test.jsonl.gz"), limit=2, chat=False)
+    prompts = make_prompts(data, AutoTokenizer.from_pretrained(stories))
+    inputs = RewardInputs(
+        prompts=[prompt.text for prompt in prompts],
+        completions=["She makes 9 * 2 dollars.\n#### 18", "#### 18"],
+        completion_ids=[[1, 2], [1, 2]],
+        finish_reasons=["eos", "eos"],
+        columns={"answer": [prompt.columns["answer"] for prompt in prompts]},
+    )
+    scored = RewardHarness(recipe.reward).score(inputs)
+    assert scored.terms["correct"].tolist() == [1.0, 0.0]
+    assert scored.totals.tolist() == pytest.approx([1.1, 0.1])
