@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,6 +113,12 @@ def stop_after(assembly: Assembly, updates: int, number: int) -> None:
         return keep_books(metrics, ended)
 
     assembly.trainer.after_update = after_update
+
+
+def logged(run: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl of one kind: collect, update or evaluation."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
 
 
 def weights_of(assembly: Assembly) -> dict[str, torch.Tensor]:

@@ -209,16 +209,25 @@ class Assembly:
 
     def check(self) -> None:
         """The dry call of the reward and the pre-flight checks, on a few real prompts."""
-        if not self.prompts or not (self.recipe.trainer.preflight or self.harness):
+        if not self.prompts:
             return
-        key = {"sampling": self.recipe.sampling, "seed": self.recipe.seed}
-        chosen, rollouts = sample_rows(self.policy, self.sampler, self.prompts, **key)  # type: ignore[arg-type]
-        if self.harness is not None:
-            self.harness.dry_call(self.transcriber(rollouts.to("cpu"), chosen, {"step": 0}))
-        if self.recipe.trainer.preflight:
-            exact = self.processes.accelerator.mixed_precision == "no" and self.policy.dtype == torch.float32
-            report = preflight(self.policy, self.reference, rollouts, exact=exact, fresh=self.checkpoint is None)
-            logger.info("pre-flight: %s", report)
+        recipe, accelerator = self.recipe, self.processes.accelerator
+        with accelerator.autocast():
+            chosen, rollouts = sample_rows(
+                self.policy, self.sampler, self.prompts, sampling=recipe.sampling, seed=recipe.seed
+            )
+            if self.harness is not None:
+                self.harness.dry_call(self.transcriber(rollouts.to("cpu"), chosen, {"step": 0}))
+            if recipe.trainer.preflight:
+                report = preflight(
+                    self.policy,
+                    self.reference,
+                    rollouts,
+                    exact=accelerator.mixed_precision == "no" and self.policy.dtype == torch.float32,
+                    fresh=self.checkpoint is None,
+                    eos_ids=self.loaded.tokens.eos_ids,
+                )
+                logger.info("pre-flight: %s", report)
 
     def _newest_checkpoint(self) -> Checkpoint:
         path, skipped = newest_complete(self.folder.path / "checkpoints")

@@ -105,7 +105,10 @@ def tiny_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     def run_small(recipe: Recipe, **options: Any) -> Any:
         sampling = dataclasses.replace(recipe.sampling, max_new_tokens=min(6, recipe.sampling.max_new_tokens))
         trainer = dataclasses.replace(recipe.trainer, progress=False)
-        fewer = {"total_steps": min(2, recipe.total_steps), "prompts_per_step": min(2, recipe.prompts_per_step)}
+        fewer: dict[str, Any] = {
+            "total_steps": min(2, recipe.total_steps),
+            "prompts_per_step": min(2, recipe.prompts_per_step),
+        }
         return whole(dataclasses.replace(recipe, sampling=sampling, trainer=trainer, **fewer), **options)
 
     monkeypatch.setattr(loading, "demo_model_path", lambda: tmp_path / "demo.gguf")
@@ -149,12 +152,13 @@ def test_recipes_parse(page: Path) -> None:
 
 
 def command_lines() -> list[tuple[str, str]]:
-    """(page, command line) of every ``tropism`` and ``make`` line in a shell block, also under accelerate."""
+    """(page, command line) of every ``tropism`` and ``make`` line in a shell block, also behind a launcher."""
+    launcher = re.compile(r"^(accelerate launch|torchrun) .*-m tropism\.cli")
     found = []
     for page in PAGES:
         for block in blocks(page, "sh"):
             for line in block.replace("\\\n", " ").splitlines():
-                found.append((name_of(page), re.sub(r"^accelerate launch .*-m tropism\.cli", "tropism", line.strip())))
+                found.append((name_of(page), launcher.sub("tropism", line.strip())))
     return [(page, line) for page, line in found if line.startswith(("tropism ", "make "))]
 
 

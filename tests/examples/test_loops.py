@@ -89,7 +89,7 @@ def test_the_grpo_loop_is_the_grpo_of_the_library(
     source: str, lora: LoRA | None, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue("stories") if source == "stories" else tmp_path
-    settings = {"group_size": 4, "kl_coef": 0.1}
+    settings: dict[str, Any] = {"group_size": 4, "kl_coef": 0.1}
     example = load("grpo_loop").train(
         fresh(source, folder),
         PROMPTS,
@@ -111,7 +111,7 @@ def test_the_ppo_loop_is_the_ppo_of_the_library(
     source: str, lora: LoRA | None, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue("stories") if source == "stories" else tmp_path
-    settings = {"group_size": 4, "kl_coef": 0.1, "num_epochs": 2}
+    settings: dict[str, Any] = {"group_size": 4, "kl_coef": 0.1, "num_epochs": 2}
     example = load("ppo_loop").train(
         fresh(source, folder),
         PROMPTS,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import ALL_SETTINGS, Setting, assemble, execute, sample
+from tiny_runs import ALL_SETTINGS, Setting, assemble, execute, logged, sample
 
 from tropism.models.policy import Reference
 
@@ -31,14 +30,13 @@ def test_policy_and_reference_agree_bit_for_bit(setting: Setting, tmp_path: Path
 def test_first_update_logs_ratio_one_and_no_kl(setting: Setting, tmp_path: Path) -> None:
     algorithm = setting.with_algorithm(num_epochs=1, minibatch_size=None)
     execute(assemble(setting, tmp_path / "run", algorithm=algorithm, trainer={"recompute_logprobs": True}))
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    first = next(row for row in rows if row["kind"] == "update")
+    first = logged(tmp_path / "run", "update")[0]
     assert first["policy/ratio"] == 1.0
     assert first["policy/approx_kl"] == 0.0
     assert first["policy/ref_kl"] == 0.0
     assert first["policy/ref_kl_k3"] == 0.0
     assert first["policy/clip_fraction"] == 0.0
-    assert next(row for row in rows if row["kind"] == "collect")["policy/sequence_kl"] == 0.0
+    assert logged(tmp_path / "run", "collect")[0]["policy/sequence_kl"] == 0.0
 
 
 @pytest.mark.parametrize("setting", ON_POLICY_SETTINGS, ids=str)

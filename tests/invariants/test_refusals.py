@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import ON_POLICY, SETTINGS, Setting, assemble, assert_same, early_letters, execute, sample, weights_of
+from tiny_runs import ON_POLICY, SETTINGS, Setting, assemble, assert_same, early_letters, execute, logged, sample, weights_of
 
 from tropism.build import Assembly
 from tropism.errors import NumericsError
@@ -136,8 +135,7 @@ def test_reward_without_any_opinion_makes_no_update(setting: Setting, tmp_path: 
         execute(assembly)
     assert_same(before, weights_of(assembly))
     assert optimizer_state(assembly.policy, assembly.trainer.optimizer) == {}
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    updates = [row for row in rows if row["kind"] == "update"]
+    updates = logged(tmp_path / "run", "update")
     assert len(updates) == 8 and all(row["optim/skipped"] == 1.0 for row in updates)
     assert "no opinion" in (tmp_path / "run" / "warnings.jsonl").read_text()
 

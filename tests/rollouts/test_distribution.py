@@ -175,6 +175,11 @@ def test_a_token_of_probability_zero_is_never_drawn(u: float) -> None:
         assert tokens == [allowed[-1] for allowed in allowed_sets]
 
 
+def test_each_token_owns_the_interval_that_begins_at_its_border() -> None:
+    uniforms = torch.tensor([0.0, 0.2499, 0.25, 0.5, 0.7499, 0.75], dtype=torch.float64)
+    assert draw(torch.zeros(6, 4), uniforms).tolist() == [0, 0, 1, 2, 2, 3]
+
+
 def test_extreme_logits_are_drawn_without_overflow() -> None:
     logits = torch.tensor([[1e30, 0.0, -1e30], [-1e30, -1e30, -1e30], [88.0, 90.0, -200.0], [3e38, 3e38, -INF]])
     assert draw(logits, torch.tensor([0.3, 0.5, 0.0, 0.9], dtype=torch.float64)).tolist() == [0, 1, 0, 1]

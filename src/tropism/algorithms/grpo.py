@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from tropism.algorithms.base import (
@@ -29,6 +30,7 @@ from tropism.ops import (
     kl_k2,
     kl_k3,
     masked_sum,
+    sequence_log_ratio,
     sequence_policy_loss,
 )
 from tropism.types import PolicyBatch, RewardBatch, Rollouts, Sums
@@ -107,19 +109,23 @@ class GRPOAlgorithm(OnPolicyAlgorithm[GRPO]):
     def loss(self, policy: Any, batch: PolicyBatch) -> tuple[Sums, Ratios]:
         config, mask = self.config, batch.loss_mask
         output = policy_outputs(policy, batch, {"logprobs", "entropy"})
-        logprobs = output.logprobs
+        logprobs, old = output.logprobs, batch.old_logprobs
         clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
         if config.ratio == "token":
-            surrogate = clipped_policy_loss(logprobs, batch.old_logprobs, batch.advantages, **clip)
+            surrogate = clipped_policy_loss(logprobs, old, batch.advantages, **clip)
+            clipped = clipped_tokens(logprobs, old, batch.advantages, **clip)
         elif config.ratio == "sequence":
-            surrogate = sequence_policy_loss(logprobs, batch.old_logprobs, batch.advantages, mask, **clip)
+            surrogate = sequence_policy_loss(logprobs, old, batch.advantages, mask, **clip)
+            log_ratio = sequence_log_ratio(logprobs, old, mask)
+            clipped = clipped_tokens(log_ratio, torch.zeros_like(log_ratio), batch.advantages, **clip)
         else:
-            surrogate = cispo_policy_loss(logprobs, batch.old_logprobs, batch.advantages, clip_high=config.clip_high)
+            surrogate = cispo_policy_loss(logprobs, old, batch.advantages, clip_high=config.clip_high)
+            # The weight is capped whatever the sign of the advantage.
+            clipped = clipped_tokens(logprobs, old, torch.ones_like(batch.advantages), **clip)
         sums = {"policy": self._sum(surrogate, batch)}
         if config.kl_coef > 0 and config.kl_estimator != "k1":
             estimator = kl_k2 if config.kl_estimator == "k2" else kl_k3
             sums["kl"] = config.kl_coef * self._sum(estimator(logprobs, batch.ref_logprobs), batch)
-        clipped = clipped_tokens(logprobs, batch.old_logprobs, batch.advantages, **clip)
         return sums, policy_ratios(logprobs, output.entropy, clipped, batch)
 
     def _sum(self, values: Tensor, batch: PolicyBatch) -> Tensor:

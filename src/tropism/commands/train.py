@@ -150,6 +150,10 @@ def _show_dry_run(assembled: Any) -> None:
 
 
 def _show_end(recipe: Recipe) -> None:
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
     folder = Path(str(recipe.run))
     out = console()
     out.print(f"model:  {folder / 'model'}\nreport: {folder / 'report.html'}", soft_wrap=True)

@@ -54,7 +54,7 @@ MAIN_CURVES: tuple[tuple[str, str, Column | None, str | None], ...] = (
     ("Reward", "reward/mean", "rewards", "eval/reward"),
     ("Sequence KL to the reference (nats)", "policy/sequence_kl", "sequence_kl", "eval/sequence_kl"),
     ("Entropy (nats per token)", "policy/entropy", None, None),
-    ("Completion length (tokens)", "rollout/length_mean", "lengths", "eval/length"),
+    ("Completion length (tokens)", "rollout/length_mean", "lengths", "eval/length_mean"),
     ("Throughput (tokens per second)", "throughput/tokens_per_second", None, None),
 )
 """Title, training metric, column of the evaluations, evaluation metric that the column already shows."""

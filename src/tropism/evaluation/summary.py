@@ -204,7 +204,8 @@ def summary_rows(summary: Summary) -> list[tuple[str, str, str, str]]:
     for reason in reasons:
         share = _number(after.finish_reasons.get(reason, 0.0), ".1%") if after else ""
         rows.append((f"ended by {reason}", _number(before.finish_reasons.get(reason, 0.0), ".1%"), share, ""))
-    for name in dict.fromkeys([*before.terms, *(after.terms if after else ())]):
+    terms = list(dict.fromkeys([*before.terms, *(after.terms if after else ())]))
+    for name in terms if len(terms) > 1 else ():  # a single term is the reward itself
         late = interval_text(after.terms.get(name)) if after else ""
         rows.append(
             (

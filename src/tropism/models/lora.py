@@ -48,7 +48,7 @@ class LoRA:
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
 
-def add_lora(model: PreTrainedModel, lora: LoRA, *, seed: int) -> PeftModel:
+def add_lora(model: PreTrainedModel | PeftModel, lora: LoRA, *, seed: int) -> PeftModel:
     """``model`` with a fresh trainable adapter around its linear layers; everything else is frozen.
 
     The adapter starts as exactly nothing (B = 0), so the outputs are those of ``model`` bit for bit. Its weights are

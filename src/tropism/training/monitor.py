@@ -26,7 +26,7 @@ class _Rule:
 RULES = (
     _Rule(
         "truncated",
-        lambda m: m.get("rollout/truncated_fraction", 0) == 1.0 and m.get("rollout/may_end", 1.0) == 1.0,
+        lambda m: m.get("rollout/truncated_fraction", 0) == 1.0,
         "every completion was cut by the length limit: rewards see unfinished text, and the model never practises "
         "ending. That is fine for plain openings of text; otherwise raise sampling.max_new_tokens or add sampling.stop",
     ),

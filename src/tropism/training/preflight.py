@@ -54,18 +54,25 @@ def sample_rows(
 
 @torch.no_grad()
 def preflight(
-    policy: Policy, reference: Reference | None, rollouts: Rollouts, *, exact: bool, fresh: bool
+    policy: Policy,
+    reference: Reference | None,
+    rollouts: Rollouts,
+    *,
+    exact: bool,
+    fresh: bool,
+    eos_ids: Sequence[int] = (),
 ) -> PreflightReport:
     """Compare every path to the same log-probs.
 
-    Checked are: log-probs out of (cached) sampling against one training forward, which covers positions, padding,
-    cache and the eos token; right against left padding; and, before the first update, policy against reference
-    (ratio 1, KL 0).
+    Checked are: log-probs out of (cached) sampling against one training forward, which covers positions, padding
+    and cache; right against left padding; that a final eos is learned, not masked; and, before the first update,
+    policy against reference (ratio 1, KL 0).
 
     Args:
         rollouts: of ``sample_rows``.
         exact: fp32 arithmetic.
         fresh: nothing was trained yet, so policy and reference must be equal.
+        eos_ids: the model's; empty where it has none.
 
     Raises:
         NumericsError: a check failed; the message says which, by how much, and the likely cause.
@@ -89,6 +96,11 @@ def preflight(
             f"log-probs change by {report.padding_mismatch:.3g} nats when rows are padded on the left (limit {limit}): "
             "the model mishandles attention masks or positions. Please report the model"
         )
+    if eos_ids and not _learns_eos(policy, rollouts, eos_ids[0]):
+        raise NumericsError(
+            f"the eos token {eos_ids[0]} at the end of a completion has no log-prob: it is masked, so the model would "
+            "never learn to stop. Please report the model"
+        )
     if fresh and report.reference_kl:
         raise NumericsError(
             f"before the first update policy and reference differ by {report.reference_kl:.3g} nats; they must be "
@@ -100,6 +112,16 @@ def preflight(
 def _logprobs(policy: Any, rollouts: Rollouts) -> Tensor:
     output = policy(**rollouts.inputs, temperature=rollouts.temperature)
     return output.logprobs.float()  # type: ignore[no-any-return]
+
+
+def _learns_eos(policy: Policy, rollouts: Rollouts, eos_id: int) -> bool:
+    """Whether a completion that is the eos alone has a log-prob, also where eos is the pad or begins the prompt."""
+    ended = replace(
+        rollouts,
+        completion_ids=torch.full_like(rollouts.completion_ids[:, :1], eos_id),
+        completion_lengths=torch.ones_like(rollouts.completion_lengths),
+    )
+    return bool((_logprobs(policy, ended) < 0).all())
 
 
 def _largest(difference: Tensor) -> float:

@@ -1,0 +1,50 @@
+"""Every method learns a toy task in seconds, with all weights and with an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_runs import PROMPTS, SETTINGS, TEXTS, Setting, early_letters, logged, make_recipe
+
+from tropism.build import run_recipe
+from tropism.rewards import RewardConfig
+from tropism.training.config import EvaluationConfig
+
+pytestmark = pytest.mark.learning
+
+
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if s.algorithm.on_policy], ids=str)
+def test_reward_rises(setting: Setting, tmp_path: Path) -> None:
+    changes = {"num_epochs": 2, "minibatch_size": None, "group_size": 8, "kl_coef": 0.01}
+    recipe = make_recipe(
+        setting,
+        tmp_path / "run",
+        algorithm=setting.with_algorithm(**changes),
+        reward=RewardConfig.of(early_letters),
+        eval_data=PROMPTS * 8,
+        total_steps=15,
+        prompts_per_step=3,
+        trainer={"learning_rate": 2e-2 if setting.adapter else 5e-3},
+    )
+    result = run_recipe(recipe)
+    before, after = (row["eval/reward"] for row in logged(result.path, "evaluation"))
+    assert before < 0.5
+    assert after > before + 0.25
+    assert result.policy.generate("a cat", max_new_tokens=3)
+
+
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if not s.algorithm.on_policy], ids=str)
+def test_held_out_loss_falls(setting: Setting, tmp_path: Path) -> None:
+    recipe = make_recipe(
+        setting,
+        tmp_path / "run",
+        eval_data=["a cat ran.", "the mat is no dog.", "is it a dog?"],
+        data=TEXTS,
+        total_steps=30,
+        trainer={"learning_rate": 1e-2, "evaluation": EvaluationConfig(every=10)},
+    )
+    result = run_recipe(recipe)
+    losses = [row["eval/loss"] for row in logged(result.path, "evaluation")]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0] - 0.3
