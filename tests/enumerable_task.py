@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models import tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from tiny_models import tiny_model
 from tropism.algorithms import AlgorithmConfig
 from tropism.build import Assembly
 from tropism.config import Recipe

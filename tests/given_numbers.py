@@ -57,7 +57,9 @@ def rollouts(*, lengths: Tensor = LENGTHS) -> Rollouts:
     )
 
 
-def rewards(first: float, second: float, *, per_token: Tensor | None = None, scored: tuple[bool, bool] = (True, True)) -> RewardBatch:
+def rewards(
+    first: float, second: float, *, per_token: Tensor | None = None, scored: tuple[bool, bool] = (True, True)
+) -> RewardBatch:
     return RewardBatch(per_completion=torch.tensor([first, second]), per_token=per_token, scored=torch.tensor(scored))
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models import tiny_model, tiny_tokenizer
 
+from tiny_models import tiny_model, tiny_tokenizer
 from tropism.algorithms import GRPO, PPO, RLOO, SFT, AlgorithmConfig, KLControl
 from tropism.build import Assembly
 from tropism.config import Recipe
-from tropism.models.lora import LoRA
 from tropism.data.prompts import make_prompts
+from tropism.models.lora import LoRA
 from tropism.rewards import RewardConfig
 from tropism.rollouts.config import Sampling
 from tropism.rollouts.randomness import StreamKey

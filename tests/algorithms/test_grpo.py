@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from given_numbers import NEW, OLD, RATIOS, REFERENCE, Numbers, built, close, policy_batch, ratio_of, rewards, rollouts
 
+from given_numbers import NEW, OLD, RATIOS, REFERENCE, Numbers, built, close, policy_batch, ratio_of, rewards, rollouts
 from tropism.algorithms import GRPO
 from tropism.types import PolicyBatch, RewardBatch, Rollouts
 
@@ -108,7 +108,9 @@ def test_cispo_caps_the_weight_and_every_token_learns() -> None:
     )
     weights = [[min(ratio, 1.2) for ratio in row] for row in RATIOS]
     expected = -sum(
-        weight * float(ADVANTAGES[i, t]) * float(NEW[i, t]) for i, row in enumerate(weights) for t, weight in enumerate(row)
+        weight * float(ADVANTAGES[i, t]) * float(NEW[i, t])
+        for i, row in enumerate(weights)
+        for t, weight in enumerate(row)
     )
     assert float(sums["policy"].detach()) == pytest.approx(expected, rel=1e-5)
     (gradient,) = torch.autograd.grad(sums["policy"], logprobs)

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from given_numbers import NEW, OLD, REFERENCE, Numbers, built, close, policy_batch, ratio_of, rewards, rollouts
 
+from given_numbers import NEW, OLD, REFERENCE, Numbers, built, close, policy_batch, ratio_of, rewards, rollouts
 from tropism.algorithms import PPO, Critic, KLControl, MissingEos
 from tropism.algorithms.base import CollectStats
 from tropism.types import PolicyBatch, RewardBatch
@@ -81,9 +81,7 @@ def test_golden_numbers_of_lm_human_preferences() -> None:
     batch = method.make_batch(Numbers(OLD, values), None, full, reward)  # type: ignore[attr-defined]
     close(batch.advantages, [[0.73175, 0.665, 0.7], [-0.8385, -0.83, -1.4]])
     close(batch.returns, [[0.83175, 0.865, 1.0], [-0.8385, -0.93, -1.0]])
-    close(
-        method.prepare(batch).advantages, [[1.013846, 0.938123, 0.977828], [-0.767487, -0.757844, -1.404467]]
-    )
+    close(method.prepare(batch).advantages, [[1.013846, 0.938123, 0.977828], [-0.767487, -0.757844, -1.404467]])
     # With gamma 0 and no values the advantages are the whitened rewards themselves.
     method = built(PPO(kl_coef=0.0, gamma=0.0, whiten_rewards=True))
     batch = method.make_batch(Numbers(OLD), None, full, reward)  # type: ignore[attr-defined]

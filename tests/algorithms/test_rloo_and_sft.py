@@ -2,8 +2,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from given_numbers import LENGTHS, MASK, NEW, OLD, REFERENCE, Numbers, built, close, policy_batch, ratio_of, rewards, rollouts
 
+from given_numbers import (
+    LENGTHS,
+    MASK,
+    NEW,
+    OLD,
+    REFERENCE,
+    Numbers,
+    built,
+    close,
+    policy_batch,
+    ratio_of,
+    rewards,
+    rollouts,
+)
 from tropism.algorithms import ALGORITHMS, RLOO, SFT
 from tropism.algorithms.base import Signal
 from tropism.errors import ConfigError

@@ -11,8 +11,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from distributed.two_processes import METHODS, run_all
 from safetensors.torch import load_file
+
+from distributed.two_processes import METHODS, run_all
 from tiny_runs import assert_same, logged
 
 pytestmark = pytest.mark.distributed

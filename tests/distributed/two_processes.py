@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from safetensors.torch import save_file
-from tiny_runs import PROMPTS, Setting, assemble, execute, weights_of
 
 import tropism.training.run as run_module
+from tiny_runs import PROMPTS, Setting, assemble, execute, weights_of
 from tropism.algorithms import GRPO, PPO, SFT, AlgorithmConfig, KLControl
 from tropism.training.run_folder import RunFolder
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import ALL_SETTINGS, Setting, assemble, execute, logged, sample
 
+from tiny_runs import ALL_SETTINGS, Setting, assemble, execute, logged, sample
 from tropism.models.policy import Reference
 
 ON_POLICY_SETTINGS = [s for s in ALL_SETTINGS if s.algorithm.on_policy]

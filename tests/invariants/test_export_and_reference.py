@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny_model
-from tiny_runs import ALL_SETTINGS, SETTINGS, Setting, assemble, execute, sample, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tiny_models import tiny_model
+from tiny_runs import ALL_SETTINGS, SETTINGS, Setting, assemble, execute, sample, weights_of
 from tropism.models.policy import Reference
 from tropism.models.saving import merged_weights
 

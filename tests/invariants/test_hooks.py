@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import ON_POLICY, SETTINGS, Setting, assemble, execute
 
+from tiny_runs import ON_POLICY, SETTINGS, Setting, assemble, execute
 from tropism.algorithms.base import Algorithm, Signal
 from tropism.build import Assembly
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import ALL_SETTINGS, METHODS, Setting, assemble
 
+from tiny_runs import ALL_SETTINGS, METHODS, Setting, assemble
 from tropism.algorithms import GRPO, PPO, RLOO, AlgorithmConfig, Critic, KLControl
 from tropism.build import Assembly
 from tropism.types import Batch, Metrics

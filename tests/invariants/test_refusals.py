@@ -9,8 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import ON_POLICY, SETTINGS, Setting, assemble, assert_same, early_letters, execute, logged, sample, weights_of
 
+from tiny_runs import (
+    ON_POLICY,
+    SETTINGS,
+    Setting,
+    assemble,
+    assert_same,
+    early_letters,
+    execute,
+    logged,
+    sample,
+    weights_of,
+)
 from tropism.build import Assembly
 from tropism.errors import NumericsError
 from tropism.rewards import RewardConfig
@@ -84,7 +95,9 @@ def test_gradient_that_is_not_finite_is_refused_and_named(setting: Setting, tmp_
     assembly = assemble(setting, tmp_path / "run")
     batch = batch_after(assembly)
     before = state_of(assembly)
-    trained = [(name, p) for name, p in assembly.policy.named_parameters() if p.requires_grad and name.startswith("model.")]
+    trained = [
+        (name, p) for name, p in assembly.policy.named_parameters() if p.requires_grad and name.startswith("model.")
+    ]
     name, parameter = trained[len(trained) // 2]
 
     def poison(gradient: torch.Tensor) -> torch.Tensor:
@@ -184,9 +197,7 @@ def scored(method: str, folder: Path) -> tuple[Assembly, Rollouts, RewardBatch]:
     assembly = assemble(Setting(method, False, "llama"), folder / "run", trainer={"micro_batch_size": 1})
     rollouts = sample(assembly)
     values = torch.arange(len(rollouts), dtype=torch.float32)
-    rewards = RewardBatch(
-        per_completion=values, per_token=None, scored=torch.ones(len(rollouts), dtype=torch.bool)
-    )
+    rewards = RewardBatch(per_completion=values, per_token=None, scored=torch.ones(len(rollouts), dtype=torch.bool))
     return assembly, rollouts, rewards
 
 

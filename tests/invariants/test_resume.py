@@ -5,16 +5,28 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny_runs import ON_POLICY, SETTINGS, Setting, assemble, assert_same, early_letters, execute, stop_after, weights_of
 
+from tiny_runs import (
+    ON_POLICY,
+    SETTINGS,
+    Setting,
+    assemble,
+    assert_same,
+    early_letters,
+    execute,
+    stop_after,
+    weights_of,
+)
 from tropism.build import Assembly
 from tropism.rewards import RewardConfig
 from tropism.training.checkpoint import list_checkpoints, optimizer_state, read_checkpoint
 from tropism.training.config import CheckpointConfig
 from tropism.training.interrupt import Interrupted
+from tropism.training.sources import Collected
 
 UPDATES = {"sft": 4, "ppo": 8, "grpo": 8, "rloo": 8}
 """SFT: one per step; the others: two steps of two epochs of two minibatches."""
@@ -23,7 +35,9 @@ UPDATES = {"sft": 4, "ppo": 8, "grpo": 8, "rloo": 8}
 def assert_same_run(one: Assembly, other: Assembly) -> None:
     """Weights, moments, the logs' bytes, and everything else that a checkpoint holds."""
     assert_same(weights_of(one), weights_of(other))
-    assert_same(optimizer_state(one.policy, one.trainer.optimizer), optimizer_state(other.policy, other.trainer.optimizer))
+    assert_same(
+        optimizer_state(one.policy, one.trainer.optimizer), optimizer_state(other.policy, other.trainer.optimizer)
+    )
     for log in ("metrics.jsonl", "warnings.jsonl"):
         first, second = one.folder.path / log, other.folder.path / log
         assert first.exists() == second.exists()
@@ -70,7 +84,26 @@ def test_signal_during_a_rollout_abandons_it(method: str, tmp_path: Path) -> Non
     assert_same_run(whole, execute(assemble(setting, tmp_path / "stopped", resume=True)))
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("method", ON_POLICY)
+def test_signal_while_a_collect_is_logged_does_not_log_it_twice(method: str, tmp_path: Path) -> None:
+    setting = Setting(method, False, "llama")
+    whole = execute(assemble(setting, tmp_path / "whole"))
+    stopped = assemble(setting, tmp_path / "stopped")
+    source: Any = stopped.trainer.source
+    log = source.on_collect
+
+    def interrupted(collected: Collected) -> None:
+        log(collected)
+        if collected.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    source.on_collect = interrupted
+    with pytest.raises(Interrupted):
+        execute(stopped)
+    assert_same_run(whole, execute(assemble(setting, tmp_path / "stopped", resume=True)))
+
+
+@pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[3]], ids=str)
 def test_stopped_twice(setting: Setting, tmp_path: Path) -> None:
     whole = execute(assemble(setting, tmp_path / "whole"))
     run = tmp_path / "stopped"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from enumerable_task import (
     BETA,
     REWARD,
@@ -20,7 +21,6 @@ from enumerable_task import (
     sequence_logprobs,
     share_of_optimum,
 )
-
 from tropism.algorithms import GRPO, PPO, RLOO, Critic
 from tropism.algorithms.base import OnPolicyConfig
 from tropism.types import RewardBatch
@@ -85,9 +85,7 @@ def test_fails_with_the_score_of_the_previous_row(name: str, tmp_path: Path, mon
     make_batch = assembly.algorithm.make_batch
 
     def shifted(policy: Any, reference: Any, rollouts: Any, rewards: RewardBatch) -> Any:
-        return make_batch(
-            policy, reference, rollouts, replace(rewards, per_completion=rewards.per_completion.roll(1))
-        )
+        return make_batch(policy, reference, rollouts, replace(rewards, per_completion=rewards.per_completion.roll(1)))
 
     monkeypatch.setattr(assembly.algorithm, "make_batch", shifted)
     assert share_of_optimum(assembly)[0] < ENOUGH
@@ -107,9 +105,7 @@ def test_fails_with_shifted_logprobs(name: str, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("place", ["first token", "one token early"])
-def test_ppo_fails_with_the_score_on_a_wrong_token(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ppo_fails_with_the_score_on_a_wrong_token(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def misplaced(self: RewardBatch, lengths: torch.Tensor, width: int) -> torch.Tensor:
         tokens = torch.zeros(len(self), width)
         where = torch.zeros_like(lengths) if place == "first token" else (lengths - 2).clamp(min=0)

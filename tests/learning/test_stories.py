@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_runs import logged
 
 import tropism
+from tiny_runs import logged
 from tropism.algorithms import AlgorithmConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.learning]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_runs import PROMPTS, SETTINGS, TEXTS, Setting, early_letters, logged, make_recipe
 
+from tiny_runs import PROMPTS, SETTINGS, TEXTS, Setting, early_letters, logged, make_recipe
 from tropism.build import run_recipe
 from tropism.rewards import RewardConfig
 from tropism.training.config import EvaluationConfig

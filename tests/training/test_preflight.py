@@ -150,3 +150,22 @@ def test_dropout_that_is_left_on_fails() -> None:
     policy.train()
     with pytest.raises(NumericsError, match="dropout"):
         check(policy, rollouts)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
+def test_an_eos_that_is_masked_fails_and_one_that_is_the_pad_does_not(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = Policy(FAMILIES[family]())
+    rollouts = rows(policy, [*PROMPTS, Prompt(text="", ids=(EOS_ID, 5))])
+    for eos_id in (EOS_ID, 0):  # 0 is the tiny models' pad token
+        check(policy, rollouts, eos_ids=(eos_id,))
+    whole = Policy.forward
+
+    def masks_eos(self: Policy, **settings: Any) -> Any:
+        return whole(self, mask=settings["completion_ids"] != EOS_ID, **settings)
+
+    without = replace(rollouts, logprobs=rollouts.logprobs * (rollouts.completion_ids != EOS_ID))
+    monkeypatch.setattr(Policy, "forward", masks_eos)
+    with pytest.raises(NumericsError, match=r"eos token 2 .* is masked"):
+        check(policy, without, eos_ids=(EOS_ID,))

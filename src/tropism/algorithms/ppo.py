@@ -61,6 +61,11 @@ class MissingEos:
     """Replaces its reward (lm-human-preferences: -1); None: it keeps its reward."""
 
 
+_SOURCE: dict[str, Any] = {"group_size": 1, "critic": Critic(rate=1.0), "missing_eos": MissingEos(score=-1.0)}
+"""What the four tasks of lm-human-preferences share."""
+_STYLE = _SOURCE | {"kl_coef": 0.15, "kl": KLControl(target=6.0, horizon=10_000), "whiten_rewards": True}
+
+
 @dataclass(frozen=True, kw_only=True)
 class PPO(OnPolicyConfig):
     """Proximal policy optimisation (https://arxiv.org/abs/1707.06347) as lm-human-preferences runs it."""
@@ -68,34 +73,10 @@ class PPO(OnPolicyConfig):
     name: ClassVar[str] = "ppo"
     needs_value_head: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "lm-human-preferences/sentiment": {
-            "group_size": 1,
-            "critic": Critic(rate=1.0),
-            "kl_coef": 0.15,
-            "kl": KLControl(target=6.0, horizon=10_000),
-            "whiten_rewards": True,
-            "missing_eos": MissingEos(score=-1.0),
-        },
-        "lm-human-preferences/descriptiveness": {
-            "group_size": 1,
-            "critic": Critic(rate=1.0),
-            "kl_coef": 0.15,
-            "kl": KLControl(target=6.0, horizon=10_000),
-            "whiten_rewards": True,
-            "missing_eos": MissingEos(score=-1.0),
-        },
-        "lm-human-preferences/cnndm": {
-            "group_size": 1,
-            "critic": Critic(rate=1.0),
-            "kl_coef": 0.01,
-            "missing_eos": MissingEos(score=-1.0),
-        },
-        "lm-human-preferences/tldr": {
-            "group_size": 1,
-            "critic": Critic(rate=1.0),
-            "kl_coef": 0.03,
-            "missing_eos": MissingEos(score=-1.0),
-        },
+        "lm-human-preferences/sentiment": _STYLE,
+        "lm-human-preferences/descriptiveness": _STYLE,
+        "lm-human-preferences/cnndm": _SOURCE | {"kl_coef": 0.01},
+        "lm-human-preferences/tldr": _SOURCE | {"kl_coef": 0.03},
         "trl": {"group_size": 1, "kl_coef": 0.05, "critic": Critic(rate=1.0)},
         "trlx": {"group_size": 1, "kl_coef": 0.001, "critic": Critic(coef=1.0, rate=1.0)},
     }

@@ -213,8 +213,7 @@ class Policy(nn.Module):
             if not with_entropy:
                 return logprobs, logprobs
             with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
-                source = logits if entropy_gradient else logits.detach()
-                return logprobs, entropy_of(source, temperature=temperature)
+                return logprobs, entropy_of(logits, temperature=temperature)
 
         if len(hidden) <= self.chunk_size:
             return chunk(hidden, ids)

@@ -60,7 +60,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     problem = find_problem(folder)
     if problem:
         raise ModelError(f"checkpoint {folder} cannot be used: {problem}")
-    tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    names = sorted(json.loads((folder / MANIFEST).read_text())["files"])
+    tensors = {Path(name).stem: load_file(folder / name) for name in names if name.endswith(".safetensors")}
     return Checkpoint(state=json.loads((folder / STATE).read_text()), tensors=tensors)
 
 
@@ -69,7 +70,13 @@ def find_problem(folder: Path) -> str | None:
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return "it has no manifest (its writing was interrupted)"
-    for name, expected in json.loads(manifest.read_text())["files"].items():
+    try:
+        files = dict(json.loads(manifest.read_text(encoding="utf-8"))["files"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "its manifest cannot be read"
+    if STATE not in files or any(Path(name).name != name for name in files):
+        return "its manifest is not one that was written here"
+    for name, expected in files.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
         if _describe(folder / name) != expected:

@@ -116,7 +116,7 @@ class RunFolder:
             "reward": _scored(rewards),
             **terms,
             **columns,
-            **{f"extra/{name}": [_plain(v) for v in values] for name, values in rewards.extras.items()},
+            **{f"extra/{name}": _column(values) for name, values in rewards.extras.items()},
         }
         _write_parquet(self.path / "rollouts" / f"step-{step:06d}.parquet", table)
 
@@ -136,8 +136,11 @@ def _scored(rewards: RewardBatch) -> list[float]:
     return [value if scored else math.nan for value, scored in pairs]
 
 
-def _plain(value: Any) -> str | float | None:
-    return value if value is None or isinstance(value, (str, float)) else str(value)
+def _column(values: Sequence[Any]) -> list[float | None] | list[str | None]:
+    """A column of one type: numbers where all values are, text otherwise; None stays None in both."""
+    if all(value is None or isinstance(value, (int, float)) for value in values):
+        return [None if value is None else float(value) for value in values]
+    return [None if value is None else as_text(value if isinstance(value, str) else str(value)) for value in values]
 
 
 def _write_parquet(path: Path, table: Mapping[str, Any]) -> None:

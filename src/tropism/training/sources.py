@@ -104,12 +104,13 @@ class RolloutSource:
             stream, moments = self.stream.state_dict(), self.harness.state_dict()
             try:
                 with self.interrupts.abandonable():
-                    self.batch = self._make_batch()
+                    collected = self._collect_anew()
             except BaseException:  # interrupted or failed: as if this collect had not begun
                 self.stream.load_state_dict(stream)
                 self.harness.load_state_dict(moments)
                 raise
-            self.cursor = 0
+            self.batch, self.cursor = collected.batch, 0
+            self.on_collect(collected)  # outside of what may be abandoned, or a resumed run would log it again
         per_epoch = len(self.batch) // self.minibatch_size
         while not self.done:
             epoch, place = divmod(self.cursor, per_epoch)
@@ -136,7 +137,7 @@ class RolloutSource:
         self.collects += 1
         return stats
 
-    def _make_batch(self) -> PolicyBatch:
+    def _collect_anew(self) -> Collected:
         started = time.perf_counter()
         group = self.algorithm.config.group_size
         prompts = [prompt for _, prompt in self.stream.take(self.prompts_per_step)]
@@ -161,18 +162,15 @@ class RolloutSource:
             "time/make_batch": time.perf_counter() - scored,
             "throughput/tokens_per_second": float(rollouts.completion_lengths.sum()) / max(1e-9, sampled - started),
         }
-        self.on_collect(
-            Collected(
-                step=self.collects + 1,
-                rollouts=rollouts,
-                inputs=inputs,
-                rewards=rewards,
-                batch=batch,
-                metrics=metrics,
-                timings=timings,
-            )
+        return Collected(
+            step=self.collects + 1,
+            rollouts=rollouts,
+            inputs=inputs,
+            rewards=rewards,
+            batch=batch,
+            metrics=metrics,
+            timings=timings,
         )
-        return batch
 
     def _sample(self, prompts: Sequence[Prompt]) -> Rollouts:
         """Completions of all prompts on every process; each process samples its share."""
