@@ -76,7 +76,7 @@ def close(found: Tensor, expected: list[list[float]] | list[float] | float) -> N
     """Equal up to fp32 rounding; missing entries of a shorter row are 0."""
     if isinstance(expected, list) and expected and isinstance(expected[0], list):
         width = found.shape[1]
-        expected = [list(row) + [0.0] * (width - len(row)) for row in expected]  # type: ignore[arg-type]
+        expected = [list(row) + [0.0] * (width - len(row)) for row in expected]
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 

@@ -181,4 +181,4 @@ def test_public_names_resolve() -> None:
         assert getattr(tropism, name) is not None
     assert set(dir(tropism)) >= set(tropism.__all__)
     with pytest.raises(AttributeError, match="no_such_name"):
-        _ = tropism.no_such_name  # type: ignore[attr-defined]
+        _ = tropism.no_such_name

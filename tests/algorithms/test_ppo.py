@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_kl_in_the_loss_leaves_the_reward_alone() -> None:
 
 def test_critic_stands_in_for_what_a_cut_completion_lacks() -> None:
     config = PPO(kl_coef=0.0, lam=0.5, critic=Critic(bootstrap_truncated=True))
-    # The first completion was cut, so 0.7 follows its last token; the second ended, so its 9 is no estimate of anything.
+    # The first completion was cut, so 0.7 follows its last token; nothing follows the second's.
     close(make_batch(config, rewards(2.0, -1.0)).advantages, [[0.75, 1.3, 2.4], [-0.55, -0.9]])
 
 
@@ -167,9 +168,10 @@ def test_presets_carry_the_numbers_of_their_sources() -> None:
     "fields",
     [{"gamma": 1.1}, {"lam": -0.1}, {"clip_low": -1.0}, {"kl_coef": -0.1}, {"num_epochs": 0}, {"minibatch_size": 0}],
 )
-def test_impossible_fields_are_refused(fields: dict[str, float]) -> None:
+def test_impossible_fields_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
         PPO(**fields)
-    for bad in ({"place": "nowhere"}, {"target": 0.0}, {"horizon": 0.0}):
+    impossible: list[dict[str, Any]] = [{"place": "nowhere"}, {"target": 0.0}, {"horizon": 0.0}]
+    for bad in impossible:
         with pytest.raises(ValueError, match=next(iter(bad))):
-            KLControl(**bad)  # type: ignore[arg-type]
+            KLControl(**bad)

@@ -68,7 +68,7 @@ def test_losses_and_gradients_at_every_update(method: str, runs: tuple[Path, Pat
         for single, double in zip(one, two, strict=True):
             assert single.keys() == double.keys()
             for name, value in single.items():
-                if name in EXACT:
+                if name in EXACT or value is None:  # null: not a number, such as the diversity of one word
                     assert double[name] == value
                 elif name == "optim/grad_norm":
                     assert double[name] == pytest.approx(value, rel=1e-5)

@@ -60,8 +60,8 @@ def forbid_writing() -> None:
 
     for name in ("create", "append", "write_recipe", "write_environment", "write_rollouts", "write_evaluation"):
         setattr(RunFolder, name, refuse(name))
-    run_module.write_checkpoint = refuse("write_checkpoint")
-    run_module.prune = refuse("prune")
+    for name in ("write_checkpoint", "prune"):
+        setattr(run_module, name, refuse(name))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def test_logprobs_of_sampling_are_those_of_training(setting: Setting, tmp_path: 
     rollouts = sample(assembly)
     mask = rollouts.completion_mask
     for padding in ("right", "left", "both"):
-        assembly.policy.padding = padding  # type: ignore[assignment]
+        assembly.policy.padding = padding
         with torch.no_grad():
             logprobs = assembly.policy(**rollouts.inputs).logprobs
         assert float((logprobs - rollouts.logprobs)[mask].abs().max()) < 1e-5

@@ -24,7 +24,7 @@ def spy(assembly: Assembly) -> Counter[str]:
 
         return hook
 
-    names = [n for n in ("prepare", "loss", "weight", "make_batch", "after_step", "after_collect")]
+    names = ("prepare", "loss", "weight", "make_batch", "after_step", "after_collect")
     kind: type[Algorithm[Any]] = type(assembly.algorithm)
     hooks = {name: counted(name) for name in names if hasattr(kind, name)}
     Spy: Any = type("Spy", (kind,), hooks)  # noqa: N806

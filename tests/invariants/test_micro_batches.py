@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tropism.algorithms import GRPO, PPO, RLOO, AlgorithmConfig, Critic, KLContr
 from tropism.build import Assembly
 from tropism.types import Batch, Metrics
 
-GROUPS = {"group_size": 2}
+GROUPS: dict[str, Any] = {"group_size": 2}
 VARIANTS: dict[str, AlgorithmConfig] = {
     "grpo-sequence": GRPO(**GROUPS, normalisation="sequence"),
     "grpo-constant": GRPO(**GROUPS, normalisation="constant", scale="none"),

@@ -39,10 +39,9 @@ def state_of(assembly: Assembly) -> dict[str, torch.Tensor]:
 def batch_after(assembly: Assembly) -> Batch:
     """The next batch of a run that already has momentum."""
     assembly.run.begin()
-    for batch in assembly.trainer.source.collect(assembly.trainer.policy):
-        assembly.trainer.update(batch)
-        return batch
-    raise AssertionError("no batch")
+    batch: Batch = next(iter(assembly.trainer.source.collect(assembly.trainer.policy)))
+    assembly.trainer.update(batch)
+    return batch
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -95,9 +94,7 @@ def test_gradient_that_is_not_finite_is_refused_and_named(setting: Setting, tmp_
     assembly = assemble(setting, tmp_path / "run")
     batch = batch_after(assembly)
     before = state_of(assembly)
-    trained = [
-        (name, p) for name, p in assembly.policy.named_parameters() if p.requires_grad and name.startswith("model.")
-    ]
+    trained = [(name, p) for name, p in assembly.policy.named_parameters() if p.requires_grad and "model." in name]
     name, parameter = trained[len(trained) // 2]
 
     def poison(gradient: torch.Tensor) -> torch.Tensor:

@@ -42,13 +42,13 @@ def assert_same_run(one: Assembly, other: Assembly) -> None:
         first, second = one.folder.path / log, other.folder.path / log
         assert first.exists() == second.exists()
         assert not first.exists() or first.read_bytes() == second.read_bytes()
-    first, second = (read_checkpoint(list_checkpoints(a.folder.path / "checkpoints")[-1]) for a in (one, other))
+    last, same = (read_checkpoint(list_checkpoints(a.folder.path / "checkpoints")[-1]) for a in (one, other))
     ignored = {"logs"}  # sizes; those of timings.jsonl differ, as seconds do
-    assert {k: v for k, v in first.state.items() if k not in ignored} == {
-        k: v for k, v in second.state.items() if k not in ignored
+    assert {k: v for k, v in last.state.items() if k not in ignored} == {
+        k: v for k, v in same.state.items() if k not in ignored
     }
-    for name, tensors in first.tensors.items():
-        assert_same(dict(tensors), dict(second.tensors[name]))
+    for name, tensors in last.tensors.items():
+        assert_same(dict(tensors), dict(same.tensors[name]))
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -75,7 +75,9 @@ def test_signal_during_a_rollout_abandons_it(method: str, tmp_path: Path) -> Non
             os.kill(os.getpid(), signal.SIGINT)
         return early_letters(completions)
 
-    changes = {"reward": RewardConfig.of({"terms": {"early": {"use": interrupting}}, "scale": "running"})}
+    changes: dict[str, Any] = {
+        "reward": RewardConfig.of({"terms": {"early": {"use": interrupting}}, "scale": "running"})
+    }
     stopped = assemble(setting, tmp_path / "stopped", **changes)
     with pytest.raises(Interrupted) as caught:
         execute(stopped)
@@ -117,7 +119,7 @@ def test_stopped_twice(setting: Setting, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_saving_every_step_changes_nothing(setting: Setting, tmp_path: Path) -> None:
-    often = {"trainer": {"checkpoints": CheckpointConfig(every=1, keep=100)}}
+    often: dict[str, Any] = {"trainer": {"checkpoints": CheckpointConfig(every=1, keep=100)}}
     never = execute(assemble(setting, tmp_path / "never"))
     saved = execute(assemble(setting, tmp_path / "often", **often))
     assert len(list_checkpoints(tmp_path / "often" / "checkpoints")) == saved.recipe.total_steps

@@ -23,9 +23,14 @@ def test_a_signal_is_noted_between_updates(number: int) -> None:
 
 def test_a_signal_abandons_what_may_be_abandoned() -> None:
     interrupts, reached = Interrupts(), []
-    with interrupts.listening(), pytest.raises(Interrupted) as caught, interrupts.abandonable():
-        os.kill(os.getpid(), signal.SIGTERM)
-        reached.append("not here")
+
+    def work() -> None:
+        with interrupts.abandonable():
+            os.kill(os.getpid(), signal.SIGTERM)
+            reached.append("not here")
+
+    with interrupts.listening(), pytest.raises(Interrupted) as caught:
+        work()
     assert reached == [] and caught.value.signal_number == signal.SIGTERM
     assert isinstance(caught.value, KeyboardInterrupt) and str(caught.value) == "SIGTERM"
 

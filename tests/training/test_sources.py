@@ -136,7 +136,7 @@ def test_the_reward_is_called_once_per_collect_with_every_column(tmp_path: Path)
     list(source.collect(None))
     ((count, answers, state),) = calls
     assert count == 8 and state == {"step": 0, "total_steps": 2}
-    assert answers == [PROMPTS.index(prompt) for prompt in collected[0].inputs.prompts]
+    assert answers == [PROMPTS.index(str(prompt)) for prompt in collected[0].inputs.prompts]
 
 
 def test_metrics_of_a_collect_by_hand() -> None:

@@ -87,12 +87,13 @@ class RolloutSource:
                 f"minibatch_size={size} does not divide the {total} completions of a step "
                 f"({prompts_per_step} prompts x {algorithm.config.group_size}): choose a divisor"
             )
-        self.minibatch_size = size or total
+        self.minibatch_size: int = size or total
 
     @property
     def updates_per_collect(self) -> int:
         epochs: int = self.algorithm.config.num_epochs
-        return epochs * len(self.batch or ()) // self.minibatch_size
+        rows = 0 if self.batch is None else len(self.batch)
+        return epochs * (rows // self.minibatch_size)
 
     @property
     def done(self) -> bool:
