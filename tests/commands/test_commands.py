@@ -38,7 +38,7 @@ def test_demo_shows_the_comparison_and_never_fails_on_a_second_run(run: Path, st
         captured = capsys.readouterr()
         shown = captured.out
         assert f"{run} holds a run already; this one goes to {expected}" in shown
-        assert "96 held-out prompts" in shown and "sequence KL" in shown
+        assert "72 held-out prompts" in shown and "sequence KL" in shown
         assert (
             len(re.findall(r"^  before ", shown, flags=re.M)) == len(re.findall(r"^  after ", shown, flags=re.M)) == 3
         )
@@ -51,7 +51,7 @@ def test_demo_prompts_are_distinct_and_held_out_ones_are_not_trained_on() -> Non
     recipe = demo_recipe()
     train, held_out = (Path(data.path).read_text().splitlines() for data in (recipe.data, recipe.eval_data))
     assert len(set(train)) == len(train) == 64
-    assert len(set(held_out)) == len(held_out) == 96
+    assert len(set(held_out)) == len(held_out) == 72
     assert not set(train) & set(held_out)
     assert not any(line != line.strip() or not line for line in train + held_out)
 
@@ -211,7 +211,7 @@ def test_inspect_demonstrations(stories: Path, tmp_path: Path, capsys: Captured)
 def test_inspect_a_run_and_long_rows(run: Path, capsys: Captured) -> None:
     assert main(["inspect", str(run), "--rows", "1", "--tokens", "6"]) == 0
     shown = capsys.readouterr().out
-    assert "64 prompts to train on, 96 held out" in shown
+    assert "64 prompts to train on, 72 held out" in shown
     assert len(token_lines(shown)) == 6 and re.search(r"\.\.\. +\d+ more", shown)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -63,6 +64,9 @@ class Counting:
         self.prefills: list[tuple[int, int]] = []
         self.decoded: list[int] = []
         self.slabs: set[tuple[int, ...]] = set()
+
+    def for_sampling(self) -> AbstractContextManager[None]:
+        return self.policy.for_sampling()
 
     def hidden_states(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any = None) -> Tensor:
         if not cache.cursor:

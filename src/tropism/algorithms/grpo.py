@@ -68,8 +68,9 @@ class GRPO(OnPolicyConfig):
     clip_high: float = 0.2
     """The ratio is clipped above at 1 + clip_high (larger than clip_low: clip-higher)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of the KL penalty: k2 and k3 in the loss (k3's gradient is that of KL(reference || policy), k2's of
-    KL(policy || reference)); k1 in the reward, per completion, because in a loss its expected gradient is zero."""
+    """Estimator of the KL penalty: k2 and k3 stand in the loss, token by token (k3's gradient is that of
+    KL(reference || policy), k2's of KL(policy || reference), each without its effect on later tokens); k1 stands in the
+    reward, per completion, which gives the gradient of the sequence KL; in a loss its expected gradient is zero."""
     mask_truncated: bool = False
     """Completions cut by the length limit contribute no loss."""
 

@@ -7,7 +7,10 @@ folder unless ``trust_remote_code`` was given explicitly.
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -259,7 +262,7 @@ def _load_failure(source: str, error: Exception) -> str:
 def _load_gguf(path: Path, config: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A GGUF file as a plain model. transformers refuses to save what it read from GGUF, so the model is rebuilt."""
     try:
-        import gguf  # noqa: F401
+        import gguf
     except ImportError:
         raise ModelError('reading GGUF files needs the package gguf; pip install "tropism[gguf]"') from None
     path = path.resolve()
@@ -269,10 +272,11 @@ def _load_gguf(path: Path, config: ModelConfig, dtype: torch.dtype) -> tuple[Pre
     quantization = getattr(transformers, "GgufConfig", None)
     packed = {} if quantization is None else {"quantization_config": quantization(dequantize=True)}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), dtype=dtype, **options, **packed, **_attention(config)
-        )
+        with _parsed_once(gguf):
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                str(path.parent), dtype=dtype, **options, **packed, **_attention(config)
+            )
     except (Exception, RecursionError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ModelError(f"the GGUF file {path} cannot be loaded: {reason}") from error
@@ -280,6 +284,17 @@ def _load_gguf(path: Path, config: ModelConfig, dtype: torch.dtype) -> tuple[Pre
     plain = with_weights(model, model.state_dict())
     _set_name(plain, str(path))
     return plain, tokenizer
+
+
+@contextmanager
+def _parsed_once(gguf: Any) -> Iterator[None]:
+    """transformers parses the header, with its vocabulary, anew for tokenizer, configuration and weights: seconds each."""
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = functools.lru_cache(maxsize=1)(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def _set_name(model: PreTrainedModel, name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,12 +15,16 @@ from torch.utils.checkpoint import checkpoint
 
 from tropism.errors import ModelError
 from tropism.models.heads import ValueHead
+from tropism.models.merged import merged_adapter
 from tropism.ops import entropy as entropy_of
 from tropism.ops import token_logprobs
 
 Padding = Literal["right", "left", "both"]
 Wanted = Literal["logprobs", "entropy", "values", "bootstrap_values"]
 PROBE_TOLERANCE = 1e-3
+CHUNK_BYTES = (256 * 2**20, 24 * 2**20)
+"""Logits of one chunk, on accelerators and on the CPU. There larger blocks leave the caches and, above 32 MB, are handed
+back to the system and faulted in anew at every use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,22 +80,24 @@ class Policy(nn.Module):
     Args:
         model: a Hugging Face causal LM, or a PEFT model around one.
         value_head: None where the method has no critic.
-        chunk_size: completion tokens per pass through the vocabulary projection. Logits of more tokens than this never
-            exist at once; with gradients the chunks are recomputed in the backward pass.
+        chunk_size: completion tokens per pass through the vocabulary projection; None takes what keeps the logits within
+            ``CHUNK_BYTES``. Logits of more tokens never exist at once; with gradients the chunks are recomputed in the
+            backward pass.
 
     Raises:
         ModelError: the family computes its logits in a way that cannot be reproduced from its hidden states.
     """
 
-    def __init__(self, model: nn.Module, *, value_head: ValueHead | None = None, chunk_size: int = 1024) -> None:
+    def __init__(self, model: nn.Module, *, value_head: ValueHead | None = None, chunk_size: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.value_head = value_head
-        self.chunk_size = chunk_size
         self.padding: Padding = "right"
         parameters = inspect.signature(self.body.forward).parameters
         self.takes_positions = "position_ids" in parameters
         self._check_family()
+        rows = self.language_model.get_output_embeddings().weight.shape[0]
+        self.chunk_size = chunk_size or max(1, CHUNK_BYTES[self.device.type == "cpu"] // (4 * rows))
 
     @property
     def language_model(self) -> Any:
@@ -132,6 +138,10 @@ class Policy(nn.Module):
         if cache is not None:
             arguments["past_key_values"] = cache
         return self.body(**arguments).last_hidden_state  # type: ignore[no-any-return]
+
+    def for_sampling(self) -> AbstractContextManager[None]:
+        """A block of passes without gradients on unchanged weights, which may be prepared for."""
+        return merged_adapter(self.model) if hasattr(self.model, "peft_config") else nullcontext()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V] as the model itself computes them, scaling and soft-capping included."""
@@ -207,23 +217,27 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Log-probs of ``ids`` [N] and entropies [N] from hidden states [N, H], chunk by chunk."""
 
-        def chunk(part: Tensor, part_ids: Tensor) -> tuple[Tensor, Tensor]:
+        logged: list[Tensor] = []  # entropies without gradient: computed in the forward pass, not when it is repeated
+
+        def chunk(part: Tensor, part_ids: Tensor, index: int) -> tuple[Tensor, Tensor]:
             logits = self.logits(part)
             logprobs = token_logprobs(logits, part_ids, temperature=temperature)
-            if not with_entropy:
-                return logprobs, logprobs
-            with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
+            if with_entropy and entropy_gradient:
                 return logprobs, entropy_of(logits, temperature=temperature)
+            if with_entropy and index == len(logged):
+                with torch.no_grad():
+                    logged.append(entropy_of(logits, temperature=temperature))
+            return logprobs, logprobs
 
-        if len(hidden) <= self.chunk_size:
-            return chunk(hidden, ids)
+        pieces = list(zip(hidden.split(self.chunk_size), ids.split(self.chunk_size), strict=True))
         parts = []
-        for part, part_ids in zip(hidden.split(self.chunk_size), ids.split(self.chunk_size), strict=True):
-            if torch.is_grad_enabled():
-                parts.append(checkpoint(chunk, part, part_ids, use_reentrant=False))
+        for index, (part, part_ids) in enumerate(pieces):
+            if len(pieces) > 1 and torch.is_grad_enabled():
+                parts.append(checkpoint(chunk, part, part_ids, index, use_reentrant=False))
             else:
-                parts.append(chunk(part, part_ids))
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+                parts.append(chunk(part, part_ids, index))
+        entropies = logged or [p[1] for p in parts]
+        return torch.cat([p[0] for p in parts]), torch.cat(entropies)
 
     @torch.no_grad()
     def _check_family(self) -> None:

@@ -102,8 +102,8 @@ class EmbeddedSampler:
         rows = [_Row(index=i * n + j, prefixes=prefix) for i, prefix in enumerate(prefixes) for j in range(n)]
         ends = (frozenset(self.eos_ids), frozenset(sampling.stop_token_ids))
         stops = StopStrings(sampling.stop, self.tokenizer) if sampling.stop else None
-        decoder = _Decoder(policy, rows, sampling, key, first_index, filters, ends, stops)
-        decoder.run()
+        with policy.for_sampling():
+            _Decoder(policy, rows, sampling, key, first_index, filters, ends, stops).run()
         return _collect(rows, sampling)
 
 
