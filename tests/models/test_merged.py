@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny_model
 
+from tiny_models import FAMILIES, tiny_model
 from tropism.models.lora import LoRA, add_lora
 from tropism.models.merged import merged_adapter
 

@@ -288,7 +288,7 @@ def _load_gguf(path: Path, config: ModelConfig, dtype: torch.dtype) -> tuple[Pre
 
 @contextmanager
 def _parsed_once(gguf: Any) -> Iterator[None]:
-    """transformers parses the header, with its vocabulary, anew for tokenizer, configuration and weights: seconds each."""
+    """One reader for a file whose header transformers parses for tokenizer, configuration and weights: seconds each."""
     reader = gguf.GGUFReader
     gguf.GGUFReader = functools.lru_cache(maxsize=1)(reader)
     try:

@@ -17,8 +17,8 @@ def merged_adapter(model: nn.Module) -> Iterator[None]:
     """Inside the block every LoRA layer of ``model`` computes x (W + s B A) instead of x W + s (x A) B.
 
     A decode step then costs one product per layer instead of three. The merged matrices are copies, as large as the
-    adapted weights; weights and adapters themselves are not touched. Results differ by rounding alone. Layers whose base
-    is quantised keep their own way.
+    adapted weights; weights and adapters themselves are not touched. Results differ by rounding alone. Layers whose
+    base is quantised keep their own way.
     """
     changed: list[nn.Module] = []
     try:
@@ -26,7 +26,7 @@ def merged_adapter(model: nn.Module) -> Iterator[None]:
             for module in model.modules():
                 if isinstance(module, LoraLayer) and (forward := _merged_forward(module)) is not None:
                     assert isinstance(module, nn.Module)
-                    module.forward = forward  # type: ignore[method-assign]
+                    module.forward = forward
                     changed.append(module)
         yield
     finally:

@@ -23,7 +23,7 @@ Padding = Literal["right", "left", "both"]
 Wanted = Literal["logprobs", "entropy", "values", "bootstrap_values"]
 PROBE_TOLERANCE = 1e-3
 CHUNK_BYTES = (256 * 2**20, 24 * 2**20)
-"""Logits of one chunk, on accelerators and on the CPU. There larger blocks leave the caches and, above 32 MB, are handed
+"""Logits of one chunk, on accelerators and on the CPU. There larger blocks leave the caches and, above 32 MB, are given
 back to the system and faulted in anew at every use."""
 
 
@@ -80,9 +80,9 @@ class Policy(nn.Module):
     Args:
         model: a Hugging Face causal LM, or a PEFT model around one.
         value_head: None where the method has no critic.
-        chunk_size: completion tokens per pass through the vocabulary projection; None takes what keeps the logits within
-            ``CHUNK_BYTES``. Logits of more tokens never exist at once; with gradients the chunks are recomputed in the
-            backward pass.
+        chunk_size: completion tokens per pass through the vocabulary projection; None takes what keeps the logits
+            within ``CHUNK_BYTES``. Logits of more tokens never exist at once; with gradients the chunks are recomputed
+            in the backward pass.
 
     Raises:
         ModelError: the family computes its logits in a way that cannot be reproduced from its hidden states.
