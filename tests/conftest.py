@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,3 +31,13 @@ def shared() -> Path:
 def stories(shared: Path) -> Path:
     """A real 260 k-parameter language model with its tokenizer (bos = eos = 1)."""
     return shared / "models" / "stories260k"
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """The command line sets the library's logger up for the terminal; the next test finds it as it was."""
+    logger = logging.getLogger("tropism")
+    level, handlers = logger.level, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
