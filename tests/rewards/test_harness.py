@@ -362,15 +362,13 @@ def test_dry_call_fails_on_a_broken_function_even_with_skip(make_inputs: Make) -
         harness.dry_call(make_inputs(TWO))
 
 
-def test_dry_call_warns_of_constant_rewards(make_inputs: Make, caplog: pytest.LogCaptureFixture) -> None:
-    terms = {"flat": lambda completions: [0.5, 0.5], "silent": lambda completions: [None, None], "fine": reward_len}
-    raw = RewardHarness(RewardConfig.of(terms)).dry_call(make_inputs(TWO))
-    assert raw.values["fine"] == [5.0, 1.0]
-    messages = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert messages == [
-        "reward 'flat' gives the same reward, 0.5, to all 2 sample rows; is that meant?",
-        "reward 'silent' has no opinion on all 2 sample rows; is that meant?",
-    ]
+def test_dry_call_says_nothing_of_constant_rewards(make_inputs: Make, caplog: pytest.LogCaptureFixture) -> None:
+    # A few short sample rows often score alike; the monitor judges whole steps.
+    raw = RewardHarness(RewardConfig.of({"flat": lambda completions: [0.5, 0.5], "fine": reward_len})).dry_call(
+        make_inputs(TWO)
+    )
+    assert raw.values == {"flat": [0.5, 0.5], "fine": [5.0, 1.0]}
+    assert not caplog.records
 
 
 def test_a_class_is_not_a_reward() -> None:
