@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,10 +33,8 @@ def stories(shared: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _own_logging() -> Iterator[None]:
-    """The command line sets the library's logger up for the terminal; the next test finds it as it was."""
+def _own_logging() -> None:
+    """The command line sets the library's logger up for the terminal; every test finds it as after import."""
     logger = logging.getLogger("tropism")
-    level, handlers = logger.level, list(logger.handlers)
-    yield
-    logger.setLevel(level)
-    logger.handlers[:] = handlers
+    logger.setLevel(logging.NOTSET)
+    logger.handlers.clear()
