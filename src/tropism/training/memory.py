@@ -14,7 +14,7 @@ def keep_freed_memory() -> bool:
     """Ask the C library to keep what is freed instead of handing it back to the system; only glibc can.
 
     A training step on the CPU allocates and frees the same few hundred megabytes over and over. By default glibc
-    returns large blocks at once, and the system clears every page anew at the next use, which took over a quarter of a step.
+    returns large blocks at once, and the system clears every page anew at the next use: over a quarter of a step.
     The process then keeps its peak for as long as it lives. Returns whether it was done.
     """
     if not sys.platform.startswith("linux"):
