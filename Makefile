@@ -10,7 +10,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo dev test test-slow format lint type docs clean
+.PHONY: help demo dev test test-slow bench format lint type docs clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ test: $(VENV)/.dev ## Run every test that is not slow; ARGS="tests/ops -k gae" n
 
 test-slow: $(VENV)/.dev $(VENV)/.demo ## Run the slow tests too, with the real demo model.
 	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+
+bench: $(VENV)/.dev $(VENV)/.demo ## Compare speed with TRL and transformers; ARGS="--works grpo-w1" narrows it.
+	$(BIN)/python -m benchmarks $(ARGS)
 
 format: $(VENV)/.dev ## Format the code and mend what can be mended.
 	$(BIN)/ruff check --fix .

@@ -48,7 +48,13 @@ EXCEPTIONS: dict[str, set[str]] = {
         "rollouts.randomness",
     },
     # The checks before training look at the one policy there is, from inside.
-    "training.preflight": {"models.policy", "rollouts.config", "rollouts.protocol", "rollouts.randomness"},
+    "training.preflight": {
+        "models.policy",
+        "models.reference",
+        "rollouts.config",
+        "rollouts.protocol",
+        "rollouts.randomness",
+    },
     # The version goes into environment.json.
     "training.run_folder": {""},
     # Evaluation during training does what a collect does, on held-out prompts.

@@ -283,6 +283,16 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(
     assert (folder / "run" / "model" / "config.json").is_file()
 
 
+def test_a_profile(train: Train, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--profile") == 2
+    assert "raise total_steps, or leave --profile out" in capsys.readouterr().err and not (folder / "run").exists()
+    assert train("--profile", "--dry-run", "--total_steps", "2") == 0
+    assert train("--profile", "--total_steps", "2") == 0
+    assert "Where step 2 went" in capsys.readouterr().err
+    assert (folder / "run" / "profile" / "table.txt").is_file()
+    assert (folder / "run" / "profile" / "trace.json.gz").is_file()
+
+
 def test_resume_errors(train: Train, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "empty").mkdir()
     assert main(["train", "--resume", "empty"]) == 2

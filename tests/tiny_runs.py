@@ -43,9 +43,11 @@ class Setting:
     method: str
     adapter: bool
     family: str
+    train_layers: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.method}-{'lora' if self.adapter else 'full'}-{self.family}"
+        part = "lora" if self.adapter else "full" if self.train_layers is None else f"last{self.train_layers}"
+        return f"{self.method}-{part}-{self.family}"
 
     @property
     def algorithm(self) -> AlgorithmConfig:
@@ -60,6 +62,9 @@ ALL_SETTINGS = [Setting(m, a, f) for m in METHODS for a in (False, True) for f i
 
 SETTINGS = [s for s in ALL_SETTINGS if s.adapter == (s.family == "gpt2")]
 """One family each: all weights of a Llama, an adapter on a GPT-2 (whose layers are transposed)."""
+
+PARTIAL_SETTINGS = [Setting(m, False, "gpt2", train_layers=1) for m in METHODS]
+"""The last of two blocks of a GPT-2, whose output embedding is tied."""
 
 
 def early_letters(completions: list[str]) -> list[float]:
@@ -82,6 +87,7 @@ def make_recipe(setting: Setting, run: Path, **changes: Any) -> Recipe:
         "seed": 7,
         "sampling": Sampling(max_new_tokens=6),
         "lora": LoRA(rank=4) if setting.adapter else None,
+        "train_layers": setting.train_layers,
         "trainer": TrainerConfig(**{"learning_rate": 1e-3, "progress": False, **trainer}),
     }
     if not algorithm.on_policy:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from tropism.generation import TextPolicy
     from tropism.models.loading import ModelConfig, load_model
     from tropism.models.lora import LoRA
-    from tropism.models.policy import Policy, Reference
+    from tropism.models.policy import Policy
+    from tropism.models.reference import Reference
     from tropism.rewards import RewardConfig, RewardTerm, register
     from tropism.rollouts.config import Sampling
     from tropism.training.config import CheckpointConfig, EvaluationConfig, OptimizerConfig, TrainerConfig
@@ -34,7 +35,8 @@ _HOMES = {
     "tropism.generation": ("TextPolicy",),
     "tropism.models.loading": ("ModelConfig", "load_model"),
     "tropism.models.lora": ("LoRA",),
-    "tropism.models.policy": ("Policy", "Reference"),
+    "tropism.models.policy": ("Policy",),
+    "tropism.models.reference": ("Reference",),
     "tropism.rewards": ("RewardConfig", "RewardTerm", "register"),
     "tropism.rollouts.config": ("Sampling",),
     "tropism.training.config": ("CheckpointConfig", "EvaluationConfig", "OptimizerConfig", "TrainerConfig"),

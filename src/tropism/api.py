@@ -29,27 +29,27 @@ def train(
     seed: int = 0,
     sampling: Sampling | None = None,
     lora: LoRA | None = None,
+    train_layers: int | None = None,
     trainer: TrainerConfig | None = None,
     resume: bool = False,
+    profile: bool = False,
 ) -> Result:
     """Turn a model toward a reward (or, with SFT, toward demonstrations).
 
     Args:
-        model: hub id, folder, .gguf file, "demo", a ``ModelConfig``, or a pair (model, tokenizer), which is trained in
-            place.
+        model: hub id, folder, .gguf file, "demo", a ``ModelConfig``, or (model, tokenizer), which is trained in place.
         algorithm: the method and its settings, such as ``GRPO(group_size=8)``, or its name.
-        data: prompts (demonstrations for SFT): a list, file, ``DataConfig``, ``datasets.Dataset`` or mapping of
-            columns. Columns beside the prompt go to the reward.
+        data: prompts (demonstrations for SFT) as list, file, ``DataConfig``, ``Dataset`` or columns; rewards see all.
         reward: a callable, a registered name, ``{"name": (reward, weight)}``, or a ``RewardConfig``.
         eval_data: held-out data in the same forms, evaluated before and after (and every ``trainer.evaluation.every``).
         run: folder for everything the run writes; None takes the first free ``runs/<method>-<number>``.
         total_steps: collects for methods that sample, optimizer updates for SFT.
         prompts_per_step: prompts per collect, each answered ``group_size`` times; demonstrations per update for SFT.
         seed: all randomness follows from it.
-        sampling: how completions are sampled.
-        lora: train an adapter; None trains all weights.
-        trainer: optimizer, precision, evaluation, checkpoints, tracking.
+        lora, train_layers: train an adapter, or only so many of the last transformer blocks; None: all weights.
+        sampling, trainer: how completions are sampled; optimizer, precision, evaluation, checkpoints, tracking.
         resume: go on with the run in ``run`` from its newest complete checkpoint.
+        profile: record where the second step goes, in ``profile/`` of the run folder.
 
     Returns:
         The trained policy, its latest metrics, and the run folder.
@@ -71,6 +71,7 @@ def train(
         seed=seed,
         sampling=sampling or Sampling(),
         lora=lora,
+        train_layers=train_layers,
         trainer=trainer or TrainerConfig(),
     )
-    return run_recipe(recipe, resume=resume)
+    return run_recipe(recipe, resume=resume, profile=profile)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from tropism.errors import ConfigError
 from tropism.evaluation.heldout import LossEvaluation, RewardEvaluation
 from tropism.evaluation.report import write_report
 from tropism.generation import TextPolicy
+from tropism.models.freezing import train_last_layers
 from tropism.models.heads import ValueHead
 from tropism.models.loading import LoadedModel, load_model
 from tropism.models.lora import add_lora, add_reference_adapter
-from tropism.models.policy import Policy, Reference
+from tropism.models.packed import cpu_multiplies
+from tropism.models.policy import Policy
+from tropism.models.reference import Reference
 from tropism.models.saving import save_plain
 from tropism.recipe_data import demonstrations_of, prompts_of
 from tropism.rewards import RewardHarness
@@ -32,9 +36,11 @@ from tropism.rollouts.transcribe import Transcriber
 from tropism.training.checkpoint import Checkpoint, newest_complete, read_checkpoint
 from tropism.training.interrupt import Interrupts
 from tropism.training.memory import keep_freed_memory
+from tropism.training.memory_facts import MemoryReport, memory_of_run, rows_of
 from tropism.training.optimizer import build_optimizer, default_learning_rate
 from tropism.training.preflight import preflight, sample_rows
 from tropism.training.processes import Processes
+from tropism.training.profiling import Profile
 from tropism.training.run import Evaluation, Run
 from tropism.training.run_folder import RunFolder
 from tropism.training.scoring import ModelScorer
@@ -57,18 +63,21 @@ class Result:
     """The run folder."""
 
 
-def run_recipe(recipe: Recipe, *, resume: bool = False, allow_code: bool = False) -> Result:
+def run_recipe(recipe: Recipe, *, resume: bool = False, allow_code: bool = False, profile: bool = False) -> Result:
     """Train by a recipe.
 
     Args:
         resume: go on with the run in ``recipe.run`` from its newest complete checkpoint.
         allow_code: let the recipe name reward functions by ``module:function`` or ``file.py:function``.
+        profile: record where the second step goes, in ``profile/`` of the run folder.
 
     Raises:
         TropismError: anything about the recipe, model, data or reward that cannot work, before training starts.
         Interrupted: after a signal, with everything up to the last update saved.
     """
     assembled = Assembly(recipe, resume=resume, allow_code=allow_code)
+    if profile:
+        assembled.profile_a_step()
     assembled.check()
     if assembled.policy.device.type == "cpu":
         keep_freed_memory()
@@ -155,7 +164,7 @@ class Assembly:
         if held_out:
             self.run.evaluations.append(self._reward_evaluation(held_out))
         precise = self.processes.accelerator.mixed_precision == "no" and self.policy.dtype == torch.float32
-        recompute = recipe.trainer.recompute_logprobs
+        recompute, cap = recipe.trainer.correction(exact=precise)
         return RolloutSource(
             algorithm=self.algorithm,
             prompts=self.prompts,
@@ -170,7 +179,8 @@ class Assembly:
             processes=self.processes,
             seed=recipe.seed,
             total_steps=recipe.total_steps,
-            recompute_logprobs=not precise if recompute is None else recompute,
+            recompute_logprobs=recompute,
+            importance_cap=cap,
             interrupts=self.run.interrupts,
             on_collect=self.run.on_collect,
         )
@@ -210,8 +220,36 @@ class Assembly:
 
     # Before and after ------------------------------------------------------------------------------------------------
 
+    def profile_a_step(self) -> None:
+        """Let the run profile the second of the whole steps before it.
+
+        Raises:
+            ConfigError: it has fewer than two.
+        """
+        done = 0
+        if self.checkpoint is not None:
+            done = self.checkpoint.state["counts"]["steps"] + bool(self.checkpoint.tensors["batch"])
+        profile = Profile(self.folder.path / "profile", left=self.recipe.total_steps - done)
+        if self.processes.is_main:
+            self.run.profile = profile
+
+    @cached_property
+    def memory(self) -> MemoryReport:
+        """What the run will need of each device, and what there is before it begins."""
+        recipe = self.recipe
+        source: Any = self.trainer.source
+        rows = rows_of(
+            self.prompts if recipe.algorithm.on_policy else source.stream.items,
+            recipe.algorithm,
+            recipe.sampling,
+            prompts_per_step=recipe.prompts_per_step,
+            held_out=max((len(evaluation) for evaluation in self.run.evaluations), default=0),  # type: ignore[arg-type]
+        )
+        return memory_of_run(self.policy, self.reference, rows, recipe.trainer, self.processes)
+
     def check(self) -> None:
-        """The dry call of the reward and the pre-flight checks, on a few real prompts."""
+        """Memory, the dry call of the reward, and the pre-flight checks on a few real prompts."""
+        self.memory.check(tell=self.processes.is_main)
         if not self.prompts:
             return
         recipe, accelerator = self.recipe, self.processes.accelerator
@@ -254,6 +292,7 @@ class Assembly:
                     "processes": self.processes.count,
                     "learning_rate": self.trainer.learning_rate,
                     "trained_weights": sum(p.numel() for p in self.policy.parameters() if p.requires_grad),
+                    "memory": self.memory.facts(),
                 }
             )
         if self.recipe.trainer.tracking:
@@ -277,14 +316,26 @@ def accelerator_for(recipe: Recipe) -> Accelerator:
     AcceleratorState._reset_state()  # a process may run several recipes, each with its own precision
     name = recipe.model.device if hasattr(recipe.model, "device") and isinstance(recipe.model.device, str) else "auto"
     precision = recipe.trainer.precision
+    on_cuda = name != "cpu" and torch.cuda.is_available()
     if precision == "auto":
-        precision = "bf16" if name != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-    return Accelerator(
+        # Asked without emulation, as for the type of the weights: emulated bf16 brings no speed.
+        fast = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if fast else "fp32"
+    accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",
         cpu=name == "cpu" or not torch.cuda.is_available(),
         log_with=list(recipe.trainer.tracking) or None,
         project_dir=recipe.run or "runs",
     )
+    if precision == "bf16" and accelerator.device.type == "cpu" and not cpu_multiplies(torch.bfloat16):
+        capability = torch.backends.cpu.get_cpu_capability()
+        if accelerator.is_main_process:
+            logger.warning(
+                "precision is bf16, but this CPU (%s) has no bf16 arithmetic: it is emulated, which rounds like bf16 "
+                "and brings no speed. Leave precision at auto unless you want to see what rounding does",
+                capability,
+            )
+    return accelerator
 
 
 def free_run(method: str) -> Path:
@@ -316,6 +367,8 @@ def _build_policy(recipe: Recipe) -> tuple[LoadedModel, Policy]:
     if isinstance(model, PeftModel):
         if recipe.lora is not None:
             raise ConfigError("the model is an adapter already and training goes on with it; leave lora out")
+        if recipe.train_layers is not None:
+            raise ConfigError("the model is an adapter, and training goes on with it alone; leave train_layers out")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(f".{model.active_adapter}." in name)
         if "reference" not in model.peft_config:
@@ -326,11 +379,15 @@ def _build_policy(recipe: Recipe) -> tuple[LoadedModel, Policy]:
         model.requires_grad_(True)
         if next(model.parameters()).dtype != torch.float32:
             logger.warning(
-                "all weights are trained in %s: small updates are lost to rounding; set model.dtype to float32",
+                "weights are trained in %s: small updates are lost to rounding; set model.dtype to float32",
                 model.dtype,
             )
     head = None
     if recipe.algorithm.needs_value_head:
-        text_config = loaded.model.config.get_text_config()
-        head = ValueHead(text_config.hidden_size).to(next(model.parameters()).device)
-    return replace(loaded, model=model), Policy(model, value_head=head)
+        # Not hidden_size: some families (OPT) project their hidden states before the vocabulary.
+        width = loaded.model.get_output_embeddings().weight.shape[1]
+        head = ValueHead(width).to(next(model.parameters()).device)
+    policy = Policy(model, value_head=head)  # first, as it refuses a family that cannot be used
+    if recipe.train_layers is not None:
+        train_last_layers(model, recipe.train_layers)
+    return replace(loaded, model=model), policy

@@ -43,7 +43,10 @@ class Recipe:
     sampling: Sampling = field(default_factory=Sampling)
     """How completions are sampled, in training and evaluation."""
     lora: LoRA | None = None
-    """Train an adapter; None trains all weights."""
+    """Train an adapter; None trains the model's own weights."""
+    train_layers: int | None = None
+    """Train only that many of the last transformer blocks, the final norm, and the output embedding where it is not
+    tied to the input embedding; None trains all weights. Not together with lora."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Optimizer, precision, evaluation, checkpoints, tracking."""
 
@@ -52,6 +55,15 @@ class Recipe:
             raise ConfigError("total_steps must be at least 1")
         if self.prompts_per_step < 1:
             raise ConfigError("prompts_per_step must be at least 1")
+        if self.train_layers is not None and self.train_layers < 1:
+            raise ConfigError(
+                f"train_layers is {self.train_layers}; it must be at least 1 (leave it out to train all weights)"
+            )
+        if self.train_layers is not None and self.lora is not None:
+            raise ConfigError(
+                "lora and train_layers cannot go together: lora trains an adapter, train_layers some of the model's "
+                "own weights. Leave one of them out"
+            )
         if self.algorithm.on_policy and self.reward is None:
             raise ConfigError(
                 f"{self.algorithm.name} needs a reward: a registered name such as vader, a callable, or named terms"

@@ -63,6 +63,15 @@ def pad_rows(
     return padded
 
 
+def first_with_same_prompt(prompt_ids: Tensor, prompt_lengths: Tensor) -> Tensor:
+    """[B] index of the first row whose prompt equals that of each row, from prompts [B, P] and their lengths [B]."""
+    seen: dict[tuple[int, ...], int] = {}
+    wide = prompt_ids.shape[1]
+    rows = zip(prompt_ids.tolist(), prompt_lengths.tolist(), strict=True)
+    first = [seen.setdefault(tuple(ids[wide - length :]), index) for index, (ids, length) in enumerate(rows)]
+    return torch.tensor(first, dtype=torch.long, device=prompt_ids.device)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
     """Prompts and completions as tensors; the part that rollouts and every training batch share."""
@@ -162,6 +171,8 @@ class Rollouts(Tokens):
     """[B, T] the same under the distribution that was sampled from (after top-k, top-p, filters); 0 beyond the end."""
     finish_reasons: tuple[FinishReason, ...]
     """B entries."""
+    values: Tensor | None = None
+    """[B, T] the critic's value before each token, as it was while sampling; None where the policy has no critic."""
     temperature: float = 1.0
     """Softmax temperature at which ``logprobs`` hold."""
 
@@ -263,6 +274,8 @@ class PolicyBatch(Batch):
     """[B, T] value targets; zeros for methods without a critic."""
     old_values: Tensor
     """[B, T] the critic before this collect's first update; zeros for methods without a critic."""
+    importance_weights: Tensor | None = None
+    """[B, T] factor of each token's policy loss where sampling and training differ; None: no correction."""
     temperature: float = 1.0
     """At which all log-probs here hold."""
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiny_runs import ALL_SETTINGS, Setting, assemble, execute, logged, sample
-from tropism.models.policy import Reference
+from tiny_runs import ALL_SETTINGS, PARTIAL_SETTINGS, Setting, assemble, execute, logged, sample
+from tropism.models.reference import Reference
 
 ON_POLICY_SETTINGS = [s for s in ALL_SETTINGS if s.algorithm.on_policy]
 
 
-@pytest.mark.parametrize("setting", ALL_SETTINGS, ids=str)
+@pytest.mark.parametrize("setting", ALL_SETTINGS + PARTIAL_SETTINGS, ids=str)
 def test_policy_and_reference_agree_bit_for_bit(setting: Setting, tmp_path: Path) -> None:
     assembly = assemble(setting, tmp_path / "run")
     rollouts = sample(assembly)

@@ -9,14 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiny_models import tiny_model
-from tiny_runs import ALL_SETTINGS, SETTINGS, Setting, assemble, execute, sample, weights_of
-from tropism.models.policy import Reference
+from tiny_runs import ALL_SETTINGS, PARTIAL_SETTINGS, SETTINGS, Setting, assemble, execute, sample, weights_of
+from tropism.models.reference import Reference
 from tropism.models.saving import merged_weights
+from tropism.training.checkpoint import list_checkpoints, read_checkpoint
 
 IDS = torch.tensor([[5, 9, 11, 7, 3, 30, 2, 8], [1, 2, 2, 36, 20, 6, 6, 4]])
 
 
-@pytest.mark.parametrize("setting", ALL_SETTINGS, ids=str)
+@pytest.mark.parametrize("setting", ALL_SETTINGS + PARTIAL_SETTINGS, ids=str)
 def test_exported_model_has_the_logits_of_the_trained_one(setting: Setting, tmp_path: Path) -> None:
     assembly = execute(assemble(setting, tmp_path / "run"), export=True)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
@@ -30,7 +31,7 @@ def test_exported_model_has_the_logits_of_the_trained_one(setting: Setting, tmp_
     assert tokenizer("a cat")["input_ids"] == assembly.loaded.tokenizer("a cat")["input_ids"]
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("setting", SETTINGS + PARTIAL_SETTINGS, ids=str)
 def test_reference_never_moves(setting: Setting, tmp_path: Path) -> None:
     assembly = assemble(setting, tmp_path / "run")
     reference = assembly.reference or Reference(assembly.policy)
@@ -71,3 +72,19 @@ def test_only_the_adapter_is_trained(tmp_path: Path) -> None:
     after = weights_of(execute(assembly))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all("lora_" in name or name.startswith("value_head") for name in moved)
+
+
+@pytest.mark.parametrize("setting", PARTIAL_SETTINGS, ids=str)
+def test_only_the_last_block_is_trained_and_saved(setting: Setting, tmp_path: Path) -> None:
+    assembly = assemble(setting, tmp_path / "run")
+    before = weights_of(assembly)
+    after = weights_of(execute(assembly))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    top = ("model.transformer.h.1.", "model.transformer.ln_f.", "value_head.")
+    assert {name for name, p in assembly.policy.named_parameters() if p.requires_grad} == {
+        name for name in before if name.startswith(top)
+    }
+    assert "model.transformer.ln_f.weight" in moved and all(name.startswith(top) for name in moved)
+    tensors = read_checkpoint(list_checkpoints(tmp_path / "run" / "checkpoints")[-1]).tensors
+    assert all(name.startswith(top) for part in ("policy", "optimizer") for name in tensors[part])
+    assert tensors["policy"].keys() >= moved

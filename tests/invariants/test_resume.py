@@ -12,6 +12,7 @@ import torch
 
 from tiny_runs import (
     ON_POLICY,
+    PARTIAL_SETTINGS,
     SETTINGS,
     Setting,
     assemble,
@@ -51,7 +52,7 @@ def assert_same_run(one: Assembly, other: Assembly) -> None:
         assert_same(dict(tensors), dict(same.tensors[name]))
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("setting", SETTINGS + PARTIAL_SETTINGS, ids=str)
 def test_interrupted_after_any_update(setting: Setting, tmp_path: Path) -> None:
     whole = execute(assemble(setting, tmp_path / "whole"))
     assert whole.trainer.counts.updates == UPDATES[setting.method]

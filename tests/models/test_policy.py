@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from tropism.errors import ModelError
 from tropism.models.heads import ValueHead
 from tropism.models.lora import LoRA, add_lora
 from tropism.models.policy import Padding, Policy, PolicyOutput, join
+from tropism.ops import vocabulary
 from tropism.types import Tokens, pad_rows
 
 PADDINGS: tuple[Padding, ...] = ("right", "left", "both")
@@ -27,6 +30,19 @@ ROWS = (
     ((0, 2, 1, 17), (2, 0, 1)),
 )
 """Prompts and completions: a row without completion, and one of pad, eos and bos tokens, which are tokens like any."""
+
+
+@contextmanager
+def projected(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many hidden states each product with the vocabulary was given, on either way to the log-probs."""
+    seen: list[int] = []
+    straight = vocabulary._logits
+    head = policy.language_model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _, args, out: seen.append(out.shape[0]))
+    with monkeypatch.context() as patch:
+        patch.setattr(vocabulary, "_logits", lambda hidden, *rest: seen.append(len(hidden)) or straight(hidden, *rest))
+        yield seen
+    hook.remove()
 
 
 def tokens(rows: Any = ROWS) -> Tokens:
@@ -150,24 +166,22 @@ def test_values_without_a_head_name_the_mend() -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "phi"])
 @pytest.mark.parametrize("entropy_gradient", [False, True])
-def test_chunks_change_neither_values_nor_gradients_and_bound_the_logits(family: str, entropy_gradient: bool) -> None:
+def test_chunks_change_neither_values_nor_gradients_and_bound_the_logits(
+    family: str, entropy_gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
     found = []
     for chunk_size in (1000, 3):
         policy = Policy(FAMILIES[family](), chunk_size=chunk_size)
-        seen: list[int] = []
-        hook = policy.model.get_output_embeddings().register_forward_hook(  # type: ignore[operator]
-            lambda _, args, out, seen=seen: seen.append(out.shape[0])
-        )
-        output = ask(policy, "right", want={"logprobs", "entropy"}, entropy_gradient=entropy_gradient)
+        with projected(policy, monkeypatch) as seen:
+            output = ask(policy, "right", want={"logprobs", "entropy"}, entropy_gradient=entropy_gradient)
         assert seen == ([13] if chunk_size == 1000 else [3, 3, 3, 3, 1])
-        hook.remove()
         loss = (output.need("logprobs") * weights).sum()
         if entropy_gradient:
             loss = loss + (output.need("entropy") * weights.flip(0)).sum()
         with torch.no_grad():
             ungraded = ask(policy, "right", want={"logprobs", "entropy"})
-        assert torch.equal(ungraded.need("entropy"), output.need("entropy").detach())
+        torch.testing.assert_close(ungraded.need("entropy"), output.need("entropy").detach(), rtol=0, atol=1e-5)
         found.append((output.need("logprobs"), output.need("entropy"), gradients(policy, loss)))
     (one, one_entropy, one_gradients), (many, many_entropy, many_gradients) = found
     torch.testing.assert_close(many, one, rtol=0, atol=1e-5)
@@ -177,18 +191,14 @@ def test_chunks_change_neither_values_nor_gradients_and_bound_the_logits(family:
         torch.testing.assert_close(many_gradients[name], gradient, rtol=1e-4, atol=1e-4)
 
 
-def test_only_tokens_in_the_mask_reach_the_vocabulary_and_the_result() -> None:
+def test_only_tokens_in_the_mask_reach_the_vocabulary_and_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_of("llama")
     logprobs, _ = expected(policy.model, ROWS)
     mask = torch.zeros(4, 8, dtype=torch.bool)
     mask[0, 1] = mask[1, 3] = mask[1, 7] = True
     mask[2] = True  # beyond the end of its row: never computed
-    seen: list[int] = []
-    hook = policy.model.get_output_embeddings().register_forward_hook(  # type: ignore[operator]
-        lambda _, args, out: seen.append(out.shape[0])
-    )
-    output = ask(policy, "left", mask=mask)
-    hook.remove()
+    with projected(policy, monkeypatch) as seen:
+        output = ask(policy, "left", mask=mask)
     assert seen == [3]
     mask[2] = False
     close(output.logprobs, logprobs * mask)
@@ -220,13 +230,14 @@ def test_the_gradient_reaches_only_what_comes_before_the_trained_token() -> None
         return out
 
     hook = policy.language_model.get_input_embeddings().register_forward_hook(keep)
-    output = ask(policy, "right")
+    output = ask(policy, "both")
     output.need("logprobs")[1, 2].backward()
     hook.remove()
     assert embedded[0].grad is not None
     reached = embedded[0].grad.abs().sum(-1) > 0
     # Row 1 has one prompt token; token 2 is predicted from the prompt and tokens 0 and 1.
-    assert reached[1].tolist() == [True] * 3 + [False] * (reached.shape[1] - 3)
+    wide = max(len(prompt) for prompt, _ in ROWS)
+    assert reached[1].tolist() == [False] * (wide - 1) + [True] * 3 + [False] * (reached.shape[1] - wide - 2)
     assert not reached[[0, 2, 3]].any()
 
 
@@ -234,7 +245,7 @@ def test_the_entropy_has_a_gradient_only_when_asked() -> None:
     policy = Policy(FAMILIES["qwen3"]())
     with_gradient = ask(policy, "right", want={"entropy"}, entropy_gradient=True).need("entropy")
     without = ask(policy, "right", want={"entropy"}).need("entropy")
-    assert torch.equal(with_gradient, without)
+    torch.testing.assert_close(with_gradient, without, rtol=0, atol=1e-5)
     assert with_gradient.requires_grad and not without.requires_grad
     found = gradients(policy, with_gradient.sum())
     # By finite differences along one direction of one weight.

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tiny_models import FAMILIES, tiny_model
+from tropism.errors import ModelError
+from tropism.models.freezing import train_last_layers
 from tropism.models.heads import ValueHead
 from tropism.models.lora import LoRA, add_lora, add_reference_adapter
-from tropism.models.policy import Policy, Reference
+from tropism.models.policy import Policy
+from tropism.models.reference import Reference
 from tropism.types import Tokens, pad_rows
 
 PROMPTS = ((5, 9, 30), (6,), (12, 13))
@@ -158,3 +161,50 @@ def test_an_adapter_that_training_started_from_is_not_the_base_model() -> None:
     with policy.model.disable_adapter(), torch.no_grad():  # type: ignore[operator]
         base = logprobs(policy)
     assert (reference_logprobs(Reference(policy)) - base).abs().max() > 0.1
+
+
+def last_block(family: str) -> Policy:
+    policy = full(family)
+    train_last_layers(policy.model, 1)  # type: ignore[arg-type]
+    return policy
+
+
+def storages(model: nn.Module) -> dict[int, int]:
+    """Address and bytes of every memory block that holds a parameter or buffer."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frozen_layers_are_shared_and_the_copied_ones_stay(family: str) -> None:
+    policy = last_block(family)
+    reference = Reference(policy)
+    assert reference.kind == "copy"
+    copied = dict(reference.frozen.model.named_parameters())
+    for name, parameter in policy.model.named_parameters():
+        assert (copied[name].data_ptr() == parameter.data_ptr()) == (not parameter.requires_grad), name
+        assert not copied[name].requires_grad
+    buffers = dict(reference.frozen.model.named_buffers())
+    assert all(buffers[name] is buffer for name, buffer in policy.model.named_buffers())
+    start, trains = logprobs(policy).detach(), trainable(policy)
+    assert torch.equal(reference_logprobs(reference), start)
+    train(policy)
+    assert (logprobs(policy) - start).abs().max() > 0.05
+    assert torch.equal(reference_logprobs(reference), start)
+    assert trainable(policy) == trains
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_memory_of_a_copy_is_that_of_the_trained_weights(family: str) -> None:
+    for policy in (full(family), last_block(family)):
+        reference = Reference(policy)
+        own = storages(reference.frozen.model).items() - storages(policy.model).items()
+        assert sum(size for _, size in own) == sum(4 * p.numel() for p in policy.model.parameters() if p.requires_grad)
+
+
+def test_weights_that_are_shared_cannot_be_trained_later() -> None:
+    policy = last_block("llama")
+    reference = Reference(policy)
+    policy.model.requires_grad_(True)
+    with pytest.raises(ModelError, match="make the reference after choosing what is trained"):
+        reference_logprobs(reference)

@@ -127,7 +127,8 @@ def test_the_repetition_penalty_by_hand_on_rows_of_different_length() -> None:
 def test_the_draw_is_the_plain_inverse_cdf(vocabulary: int) -> None:
     logits = random_logits(200, vocabulary, scale=1.0)
     uniforms = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    tokens = draw(logits, uniforms)
+    tokens, logprobs = draw(logits, uniforms)
+    torch.testing.assert_close(logprobs, logits.double().log_softmax(-1).gather(-1, tokens[:, None])[:, 0].float())
     assert tokens.shape == (200,) and tokens.dtype == torch.long
     for row, u, token in zip(logits, uniforms.tolist(), tokens.tolist(), strict=True):
         weights = (row - row.max()).exp().tolist()
@@ -139,12 +140,12 @@ def test_frequencies_are_the_probabilities() -> None:
     logits = random_logits(1, 600, scale=1.0)
     grid = 20_000
     uniforms = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
-    counts = torch.bincount(draw(logits.expand(grid, -1), uniforms), minlength=600)
+    counts = torch.bincount(draw(logits.expand(grid, -1), uniforms)[0], minlength=600)
     assert (counts - logits[0].double().softmax(-1) * grid).abs().max() <= 1.001
     drawn = torch.rand(grid, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     few = random_logits(1, 20, scale=1.0)
     expected = few[0].double().softmax(-1) * grid
-    counts = torch.bincount(draw(few.expand(grid, -1), drawn), minlength=20)
+    counts = torch.bincount(draw(few.expand(grid, -1), drawn)[0], minlength=20)
     statistic = float(((counts - expected) ** 2 / expected).sum())
     # Chi-square with 19 degrees of freedom: mean 19, standard deviation 6.2.
     assert statistic < 19 + 5 * 6.2
@@ -167,7 +168,7 @@ def test_a_token_of_probability_zero_is_never_drawn(u: float) -> None:
     logits = torch.full((len(allowed_sets), width), -INF)
     for row, allowed in enumerate(allowed_sets):
         logits[row, allowed] = torch.linspace(-2, 2, len(allowed))
-    tokens = draw(logits, torch.full((len(allowed_sets),), u, dtype=torch.float64)).tolist()
+    tokens = draw(logits, torch.full((len(allowed_sets),), u, dtype=torch.float64))[0].tolist()
     assert all(token in allowed for token, allowed in zip(tokens, allowed_sets, strict=True))
     if u == 0.0:
         assert tokens == [allowed[0] for allowed in allowed_sets]
@@ -177,20 +178,20 @@ def test_a_token_of_probability_zero_is_never_drawn(u: float) -> None:
 
 def test_each_token_owns_the_interval_that_begins_at_its_border() -> None:
     uniforms = torch.tensor([0.0, 0.2499, 0.25, 0.5, 0.7499, 0.75], dtype=torch.float64)
-    assert draw(torch.zeros(6, 4), uniforms).tolist() == [0, 0, 1, 2, 2, 3]
+    assert draw(torch.zeros(6, 4), uniforms)[0].tolist() == [0, 0, 1, 2, 2, 3]
 
 
 def test_extreme_logits_are_drawn_without_overflow() -> None:
     logits = torch.tensor([[1e30, 0.0, -1e30], [-1e30, -1e30, -1e30], [88.0, 90.0, -200.0], [3e38, 3e38, -INF]])
-    assert draw(logits, torch.tensor([0.3, 0.5, 0.0, 0.9], dtype=torch.float64)).tolist() == [0, 1, 0, 1]
+    assert draw(logits, torch.tensor([0.3, 0.5, 0.0, 0.9], dtype=torch.float64))[0].tolist() == [0, 1, 0, 1]
     half = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.bfloat16)
-    assert draw(half, torch.tensor([0.95], dtype=torch.float64)).tolist() == [2]
+    assert draw(half, torch.tensor([0.95], dtype=torch.float64))[0].tolist() == [2]
 
 
 def test_neighbours_in_the_batch_do_not_change_a_draw() -> None:
     logits, uniforms = random_logits(30, 700), torch.linspace(0, 0.999, 30, dtype=torch.float64)
-    whole = draw(logits, uniforms)
-    single = torch.cat([draw(row[None], u[None]) for row, u in zip(logits, uniforms, strict=True)])
+    whole = draw(logits, uniforms)[0]
+    single = torch.cat([draw(row[None], u[None])[0] for row, u in zip(logits, uniforms, strict=True)])
     assert torch.equal(whole, single)
 
 

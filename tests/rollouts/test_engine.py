@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from slow_sampling import (
 )
 from tiny_models import BOS_ID, EOS_ID, FAMILIES, tiny_model
 from tropism.errors import ConfigError, NumericsError
+from tropism.models.heads import ValueHead
 from tropism.models.policy import Policy
 from tropism.rollouts import engine
 from tropism.rollouts.config import Sampling
@@ -65,20 +66,26 @@ class Counting:
         self.decoded: list[int] = []
         self.slabs: set[tuple[int, ...]] = set()
 
-    def for_sampling(self) -> AbstractContextManager[None]:
-        return self.policy.for_sampling()
+    @contextmanager
+    def for_sampling(self) -> Iterator[Any]:
+        with self.policy.for_sampling() as model:
+            self.model, self.cache_dtype = model, model.cache_dtype
+            yield self
 
-    def hidden_states(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any = None) -> Tensor:
-        if not cache.cursor:
-            self.prefills.append((ids.shape[0], ids.shape[1]))
-        else:
-            assert ids.shape[1] == 1
-            self.decoded.append(ids.shape[0])
-            self.slabs.add(tuple(pointer for slab in cache.slabs for pointer in (slab.keys.data_ptr(), slab.columns)))
-        return self.policy.hidden_states(ids, mask, positions, cache)
+    def hidden_states(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        self.prefills.append((ids.shape[0], ids.shape[1]))
+        return self.model.hidden_states(ids, mask, positions, cache)
+
+    def decode(self, ids: Tensor, cache: Any) -> Tensor:
+        self.decoded.append(ids.shape[0])
+        self.slabs.add(tuple(pointer for slab in cache.slabs for pointer in (slab.keys.data_ptr(), slab.columns)))
+        return self.model.decode(ids, cache)
+
+    def values(self, hidden: Tensor) -> Tensor | None:
+        return self.model.values(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.policy.logits(hidden)
+        return self.model.logits(hidden)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -321,3 +328,16 @@ def test_the_order_of_rows_in_the_batch_does_not_hang_on_memory_addresses() -> N
         del filler
         seen.append(batches)
     assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_values_of_the_critic_are_those_of_the_training_forward(family: str) -> None:
+    policy = Policy(tiny_model(family), value_head=ValueHead(32))
+    assert policy.value_head is not None
+    torch.nn.init.normal_(policy.value_head.linear.weight, generator=torch.Generator().manual_seed(0))
+    rollouts = sample(policy, max_new_tokens=6, batch_size=3)
+    with torch.no_grad():
+        own = policy(**rollouts.inputs, want={"values"}).need("values")
+    assert rollouts.values is not None and rollouts.values.abs().max() > 0.1
+    torch.testing.assert_close(rollouts.values, own, rtol=1e-4, atol=1e-5)
+    assert sample(policy_of(family), max_new_tokens=2).values is None

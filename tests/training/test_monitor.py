@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tropism.training.monitor import PATIENCE, Monitor
+from tropism.training.monitor import LOW_SAMPLE_SIZE, LOW_SEQUENCE_SAMPLE_SIZE, PATIENCE, Monitor
 from tropism.types import Metrics
 
 HEALTHY: Metrics = {
@@ -16,6 +16,8 @@ HEALTHY: Metrics = {
     "rollout/empty_fraction": 0.0,
     "rollout/distinct": 1.0,
     "policy/sequence_kl": 2.0,
+    "rollout/effective_sample_size": LOW_SAMPLE_SIZE,
+    "rollout/sequence_effective_sample_size": LOW_SEQUENCE_SAMPLE_SIZE,
 }
 
 
@@ -34,6 +36,8 @@ def test_a_healthy_run_is_left_alone() -> None:
         ({"policy/sequence_kl": -7.0}, ["-7 nats", "top_k"]),
         ({"rollout/distinct": 0.1}, ["0.1 of the completions", "temperature"]),
         ({"rollout/empty_fraction": 0.75}, ["empty or one token", "min_new_tokens"]),
+        ({"rollout/effective_sample_size": 0.8, "rollout/logprob_mismatch": 0.4}, ["0.4 nats", "0.8 of", "precision"]),
+        ({"rollout/sequence_effective_sample_size": 0.2}, ["0.2 of their number", "importance_cap"]),
         ({"reward/unscored": 1.0}, ["no opinion"]),
     ],
 )

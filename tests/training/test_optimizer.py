@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from tropism.training.checkpoint import load_optimizer_state, load_trainable_state, optimizer_state, trainable_state
 from tropism.training.config import OptimizerConfig, TrainerConfig
-from tropism.training.optimizer import build_optimizer, default_learning_rate, rate_factor
+from tropism.training.optimizer import build_optimizer, can_fuse, default_learning_rate, rate_factor
 
 
 class Tiny(nn.Module):
@@ -73,3 +74,59 @@ def test_schedules(schedule: str, warmup: int, expected: list[float]) -> None:
 def test_the_rate_is_never_negative_beyond_the_end(schedule: str) -> None:
     config = TrainerConfig(schedule=schedule)  # type: ignore[arg-type]
     assert rate_factor(config, step=9, total_steps=4) == pytest.approx(0.0)
+
+
+def step(policy: Tiny, optimizer: torch.optim.Optimizer, number: int) -> None:
+    """One update; its gradients depend on its number alone, and are zero here and there, where eps decides."""
+    generator = torch.Generator().manual_seed(number)
+    for p in policy.parameters():
+        gradient = torch.randn(p.shape, generator=generator)
+        p.grad = gradient * (gradient > 0) if p.requires_grad else None
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01 * (number + 1) * group["rate"]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_fused_optimizer_is_plain_adamw(resumed: bool) -> None:
+    config = TrainerConfig(optimizer=OptimizerConfig(weight_decay=0.1))
+    torch.manual_seed(0)
+    policy, plain = Tiny(), Tiny()
+    plain.load_state_dict(policy.state_dict())
+    optimizer = build_optimizer(policy, config, head_rate=3.0)
+    assert optimizer.defaults["fused"] is True
+    groups = [{"params": [plain.model[0].weight], "weight_decay": 0.1, "rate": 1.0}]
+    rest = [plain.model[0].bias, plain.model[1].weight]
+    groups += [{"params": rest, "weight_decay": 0.0, "rate": 1.0}]
+    groups += [{"params": list(plain.value_head.parameters()), "weight_decay": 0.0, "rate": 3.0}]
+    reference = torch.optim.AdamW(groups, lr=0.0, foreach=False, fused=False)
+    for number in range(5):
+        if resumed and number == 2:
+            weights = {name: value.clone() for name, value in trainable_state(policy).items()}
+            moments = {name: value.clone() for name, value in optimizer_state(policy, optimizer).items()}
+            policy = Tiny()
+            optimizer = build_optimizer(policy, config, head_rate=3.0)
+            load_trainable_state(policy, weights)
+            load_optimizer_state(policy, optimizer, moments)
+        step(policy, optimizer, number)
+        step(plain, reference, number)
+    for (name, one), other in zip(policy.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_a_step_raises_the_version_of_every_weight_it_changes() -> None:
+    policy = Tiny()
+    optimizer = build_optimizer(policy, TrainerConfig())
+    for number in range(2):
+        before = {name: p._version for name, p in policy.named_parameters()}
+        step(policy, optimizer, number)
+        after = {name: p._version for name, p in policy.named_parameters()}
+        assert {name for name in before if after[name] > before[name]} == before.keys() - {"model.1.bias"}
+
+
+def test_what_can_be_fused() -> None:
+    single, half = torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)
+    assert can_fuse([single]) and not can_fuse([half]) and not can_fuse([single, half]) and not can_fuse([])
+    policy = Tiny().bfloat16()
+    assert not build_optimizer(policy, TrainerConfig()).defaults["fused"]

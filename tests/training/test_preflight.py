@@ -13,7 +13,8 @@ from torch import Tensor
 from tiny_models import EOS_ID, FAMILIES
 from tropism.errors import NumericsError
 from tropism.models.lora import LoRA, add_lora
-from tropism.models.policy import Policy, Reference
+from tropism.models.policy import Policy
+from tropism.models.reference import Reference
 from tropism.rollouts.config import Sampling
 from tropism.rollouts.engine import EmbeddedSampler
 from tropism.rollouts.randomness import StreamKey

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,60 @@ def test_recomputed_logprobs_replace_those_of_sampling(tmp_path: Path) -> None:
     assert 0 <= collected[0].metrics["rollout/logprob_mismatch"] < 1e-5
     expected = source.scorer.logprobs(collected[0].rollouts, temperature=1.0)
     assert torch.equal(collected[0].batch.old_logprobs, expected)
+
+
+@pytest.mark.parametrize(("precision", "cap"), [("fp32", None), ("bf16", 2.0)])
+def test_importance_weights_are_the_default_in_bf16_alone(precision: str, cap: float | None, tmp_path: Path) -> None:
+    _, source, collected = started(tmp_path, trainer={"precision": precision})
+    list(source.collect(None))
+    assert source.importance_cap == cap and source.recompute_logprobs is (cap is not None)
+    weights = collected[0].batch.importance_weights
+    assert (weights is not None) is (cap is not None)
+    names = {"rollout/logprob_mismatch", "rollout/effective_sample_size", "rollout/sequence_effective_sample_size"}
+    assert collected[0].metrics.keys() >= names if cap else not collected[0].metrics.keys() & names
+
+
+def test_importance_weights_are_about_what_was_sampled(tmp_path: Path) -> None:
+    """Also with top-k: what it leaves out is no error of sampling."""
+    sampling = Sampling(max_new_tokens=6, top_k=5)
+    _, source, collected = started(tmp_path, trainer={"importance_cap": 4.0}, sampling=sampling)
+    sampled: list[Rollouts] = []
+    generate = source.sampler.generate
+
+    def noisy(*arguments: Any, **options: Any) -> Rollouts:
+        rollouts = generate(*arguments, **options)
+        noise = 0.3 * torch.randn(rollouts.logprobs.shape, generator=torch.Generator().manual_seed(0))
+        sampled.append(replace(rollouts, logprobs=rollouts.logprobs + noise * rollouts.completion_mask))
+        return sampled[0]
+
+    source.sampler.generate = noisy
+    list(source.collect(None))
+    batch, mask = collected[0].batch, sampled[0].completion_mask
+    assert float((sampled[0].behaviour_logprobs - sampled[0].logprobs)[mask].mean()) > 0.1, "top-k has an effect"
+    assert batch.importance_weights is not None
+    for row, length in enumerate(batch.completion_lengths.tolist()):
+        summed = sum(float(batch.old_logprobs[row, t] - sampled[0].logprobs[row, t]) for t in range(length))
+        wanted = torch.full((length,), min(4.0, math.exp(summed)))
+        torch.testing.assert_close(batch.importance_weights[row, :length], wanted, rtol=1e-4, atol=0)
+        assert not bool(batch.importance_weights[row, length:].any())
+    size = collected[0].metrics["rollout/effective_sample_size"]
+    assert 0.8 < size < 0.98
+
+
+def test_importance_weights_travel_with_minibatches_and_checkpoints(tmp_path: Path) -> None:
+    trainer = {"importance_cap": 2.0}
+    _, source, collected = started(tmp_path / "one", trainer=trainer)
+    rest = iter(source.collect(None))
+    first = next(rest)
+    order = source._order(0)[: len(first)]
+    width = first.completion_ids.shape[1]
+    whole = collected[0].batch.importance_weights
+    assert whole is not None and torch.equal(first.importance_weights, whole[order, :width])
+    values, tensors = source.state_dict()
+    _, other, _ = started(tmp_path / "other", trainer=trainer)
+    other.load_state_dict(json.loads(json.dumps(values)), tensors)
+    for mine, theirs in zip(rest, other.collect(None), strict=True):
+        assert torch.equal(mine.importance_weights, theirs.importance_weights)
 
 
 def test_the_reward_is_called_once_per_collect_with_every_column(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from tropism.types import Batch, length_mask
 class Line(nn.Module):
     """w * token id."""
 
+    without_padding = False
+
     def __init__(self) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.tensor(2.0))

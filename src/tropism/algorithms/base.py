@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -112,6 +112,11 @@ class Algorithm(ABC, Generic[C]):
     def weight(self, batch: Any) -> dict[str, float]:
         """Once per optimizer step, on the whole batch: what each named sum is divided by."""
 
+    def idle(self, batch: Any) -> Tensor:
+        """[B] bool, once per optimizer step: items whose gradient is exactly zero, so that nothing computes them."""
+        idle: Tensor = ~batch.loss_mask.any(dim=1)
+        return idle
+
     def after_step(self, policy: Any, metrics: Metrics) -> Signal:
         """Exactly once per optimizer step, with the metrics of that step over all processes; may end the collect."""
         return Signal.CONTINUE
@@ -156,6 +161,11 @@ class OnPolicyConfig(AlgorithmConfig):
     @property
     def needs_reference(self) -> bool:
         return self.kl_coef > 0
+
+    @property
+    def action(self) -> Literal["token", "sequence"]:
+        """What one probability ratio of the loss is about; importance weights are about the same."""
+        return "token"
 
 
 P = TypeVar("P", bound=OnPolicyConfig)
@@ -203,6 +213,11 @@ def count_tokens(batch: Batch) -> float:
 def count_sequences(batch: Batch) -> float:
     """Completions of a batch with at least one trained token."""
     return float(batch.loss_mask.any(dim=1).sum())
+
+
+def importance_weighted(values: Tensor, batch: PolicyBatch) -> Tensor:
+    """[B, T] losses or advantages of sampled tokens, corrected for what sampled them."""
+    return values if batch.importance_weights is None else values * batch.importance_weights
 
 
 def policy_outputs(policy: Any, batch: PolicyBatch, want: Collection[str], *, entropy_gradient: bool = False) -> Any:

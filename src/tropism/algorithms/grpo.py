@@ -17,6 +17,7 @@ from tropism.algorithms.base import (
     Scorer,
     count_sequences,
     count_tokens,
+    importance_weighted,
     policy_outputs,
     policy_ratios,
     reference_logprobs,
@@ -83,6 +84,10 @@ class GRPO(OnPolicyConfig):
         if self.clip_low < 0 or self.clip_high < 0:
             raise ValueError("clip_low and clip_high must not be negative")
 
+    @property
+    def action(self) -> Literal["token", "sequence"]:
+        return "sequence" if self.ratio == "sequence" else "token"
+
     def build(self, facts: RunFacts) -> GRPOAlgorithm:
         return GRPOAlgorithm(self, facts)
 
@@ -124,13 +129,23 @@ class GRPOAlgorithm(OnPolicyAlgorithm[GRPO]):
             # The weight is capped whatever the sign of the advantage.
             clipped = clipped_tokens(logprobs, old, torch.ones_like(batch.advantages), **clip)
         sums = {"policy": self._sum(surrogate, batch)}
-        if config.kl_coef > 0 and config.kl_estimator != "k1":
+        if self._kl_in_loss:
             estimator = kl_k2 if config.kl_estimator == "k2" else kl_k3
             sums["kl"] = config.kl_coef * self._sum(estimator(logprobs, batch.ref_logprobs), batch)
         return sums, policy_ratios(logprobs, output.entropy, clipped, batch)
 
+    @property
+    def _kl_in_loss(self) -> bool:
+        return self.config.kl_coef > 0 and self.config.kl_estimator != "k1"
+
+    def idle(self, batch: PolicyBatch) -> Tensor:
+        """Completions of groups with equal rewards too, where no KL stands in the loss."""
+        idle = super().idle(batch)
+        return idle if self._kl_in_loss else idle | (batch.advantages == 0).all(dim=1)
+
     def _sum(self, values: Tensor, batch: PolicyBatch) -> Tensor:
         """Sum of per-token losses, in the unit that ``weight`` counts."""
+        values = importance_weighted(values, batch)
         if self.config.normalisation == "sequence":
             values = values / batch.loss_mask.sum(-1, keepdim=True).clamp(min=1)
         return masked_sum(values, batch.loss_mask)

@@ -17,6 +17,7 @@ from tropism.algorithms.base import (
     RunFacts,
     Scorer,
     count_tokens,
+    importance_weighted,
     policy_outputs,
     policy_ratios,
     reference_logprobs,
@@ -135,7 +136,7 @@ class PPOAlgorithm(OnPolicyAlgorithm[PPO]):
     ) -> PolicyBatch:
         config, mask = self.config, rollouts.completion_mask
         ref_logprobs = reference_logprobs(reference, rollouts)
-        values, after = policy.values(rollouts)
+        values, after = self._values(policy, rollouts)
         token_rewards = self._token_rewards(rollouts, rewards)
         if config.kl.place == "reward":
             kl = kl_k1(rollouts.logprobs, ref_logprobs)
@@ -153,6 +154,12 @@ class PPOAlgorithm(OnPolicyAlgorithm[PPO]):
             returns=(advantages + values) * mask,
             old_values=values,
         )
+
+    def _values(self, policy: Scorer, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """[B, T] before each token and [B] after the last; a forward pass only where sampling left them out."""
+        if rollouts.values is None or self.config.critic.bootstrap_truncated:
+            return policy.values(rollouts)
+        return rollouts.values, torch.zeros(len(rollouts))
 
     def _token_rewards(self, rollouts: Rollouts, rewards: RewardBatch) -> Tensor:
         """[B, T] rewards with the stated loss for completions that did not end."""
@@ -176,10 +183,12 @@ class PPOAlgorithm(OnPolicyAlgorithm[PPO]):
         output = policy_outputs(policy, batch, wanted, entropy_gradient=config.entropy_coef > 0)
         clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
         surrogate = clipped_policy_loss(output.logprobs, batch.old_logprobs, batch.advantages, **clip)
+        surrogate = importance_weighted(surrogate, batch)
         value_loss = clipped_value_loss(output.values, batch.old_values, batch.returns, clip=config.critic.clip)
         sums = {"policy": masked_sum(surrogate, mask), "value": config.critic.coef * masked_sum(value_loss, mask)}
         if config.kl.place == "loss" and self.kl_coef > 0:
-            sums["kl"] = self.kl_coef * masked_sum(kl_k2(output.logprobs, batch.ref_logprobs), mask)
+            kl = importance_weighted(kl_k2(output.logprobs, batch.ref_logprobs), batch)
+            sums["kl"] = self.kl_coef * masked_sum(kl, mask)
         if config.entropy_coef > 0:
             sums["entropy"] = -config.entropy_coef * masked_sum(output.entropy, mask)
         clipped = clipped_tokens(output.logprobs, batch.old_logprobs, batch.advantages, **clip)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
 
 from tropism.algorithms.base import (
     OnPolicyAlgorithm,
@@ -13,6 +15,7 @@ from tropism.algorithms.base import (
     RunFacts,
     Scorer,
     count_sequences,
+    importance_weighted,
     policy_outputs,
     policy_ratios,
     reference_logprobs,
@@ -51,6 +54,10 @@ class RLOO(OnPolicyConfig):
         if self.clip_low < 0 or self.clip_high < 0:
             raise ValueError("clip_low and clip_high must not be negative")
 
+    @property
+    def action(self) -> Literal["token", "sequence"]:
+        return "sequence"
+
     def build(self, facts: RunFacts) -> RLOOAlgorithm:
         return RLOOAlgorithm(self, facts)
 
@@ -76,12 +83,17 @@ class RLOOAlgorithm(OnPolicyAlgorithm[RLOO]):
         output = policy_outputs(policy, batch, {"logprobs", "entropy"})
         logprobs, old = (output.logprobs * mask).sum(-1), (batch.old_logprobs * mask).sum(-1)
         # A completion is one action: its advantage stands at its every token, its log-prob is their sum.
-        advantages = (batch.advantages * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+        weighted = importance_weighted(batch.advantages, batch)
+        advantages = (weighted * mask).sum(-1) / mask.sum(-1).clamp(min=1)
         clip = (self.config.clip_low, self.config.clip_high)
         action = (logprobs[:, None], old[:, None], advantages[:, None])
         surrogate = clipped_policy_loss(*action, clip_low=clip[0], clip_high=clip[1])
         clipped = clipped_tokens(*action, clip_low=clip[0], clip_high=clip[1]).expand_as(mask)
         return {"policy": surrogate.sum()}, policy_ratios(output.logprobs, output.entropy, clipped, batch)
+
+    def idle(self, batch: PolicyBatch) -> Tensor:
+        """Completions whose reward, KL included, is that of their siblings, too."""
+        return super().idle(batch) | (batch.advantages == 0).all(dim=1)
 
     def weight(self, batch: PolicyBatch) -> dict[str, float]:
         return {"policy": count_sequences(batch)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,10 @@ from tropism.safe_yaml import read_yaml
 from tropism.training.interrupt import Interrupted
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from tropism.config import Recipe
+    from tropism.training.memory_facts import MemoryReport
 
 FLAGS = {
     "-h": "help",
@@ -28,15 +32,17 @@ FLAGS = {
     "--resume": "resume",
     "--allow-code": "allow_code",
     "--dry-run": "dry_run",
+    "--profile": "profile",
 }
 
 USAGE = """\
-usage: tropism train RECIPE.yaml [--dotted.key VALUE ...] [--allow-code] [--dry-run]
+usage: tropism train RECIPE.yaml [--dotted.key VALUE ...] [--allow-code] [--dry-run] [--profile]
        tropism train --resume RUN_FOLDER [--dotted.key VALUE ...]
 
   --resume       go on with a run from its newest complete checkpoint
   --allow-code   let the recipe name reward functions: module:function or file.py:function
   --dry-run      print the resolved recipe and check everything (data, model, reward), but do not train
+  --profile      record where the second step goes: profile/table.txt and profile/trace.json.gz in the run folder
   --debug        show tracebacks and more messages
 
 The recipe may be left out if the keys say everything. `tropism train RECIPE.yaml --help` shows that recipe's values."""
@@ -50,6 +56,9 @@ def run(arguments: Sequence[str]) -> None:
         return
     resume = "resume" in words.flags
     mapping = _mapping(words, resume=resume)
+    profile = "profile" in words.flags
+    if profile:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's own messages; read when torch is imported
     from tropism.build import Assembly, free_run, run_recipe
     from tropism.commands.quiet import quieten_libraries
     from tropism.config import Recipe
@@ -61,12 +70,16 @@ def run(arguments: Sequence[str]) -> None:
     allow_code = "allow_code" in words.flags
     if "dry_run" in words.flags:
         assembled = Assembly(recipe, resume=resume, allow_code=allow_code)
+        if profile:
+            assembled.profile_a_step()
         assembled.check()
         _show_dry_run(assembled)
         return
     if recipe.run is None:
         recipe = replace(recipe, run=str(free_run(recipe.algorithm.name)))
-    with_interrupts_told(lambda: run_recipe(recipe, resume=resume, allow_code=allow_code), Path(str(recipe.run)))
+    with_interrupts_told(
+        lambda: run_recipe(recipe, resume=resume, allow_code=allow_code, profile=profile), Path(str(recipe.run))
+    )
     _show_end(recipe)
 
 
@@ -146,7 +159,29 @@ def _show_dry_run(assembled: Any) -> None:
         f"learning rate: {assembled.trainer.learning_rate:g}",
     ]
     out.print("\n".join(facts))
+    out.print(_memory_table(assembled.memory))
     out.print("Everything checked: ready to train.")
+
+
+def _memory_table(report: MemoryReport) -> Table:
+    """What the run will need, part by part, phase by phase."""
+    from rich.table import Table
+
+    from tropism.training.memory_estimate import readable
+
+    estimate = report.estimate
+    table = Table(title="memory", title_justify="left", show_footer=True, box=None)
+    machine = report.machine
+    there = "unknown" if machine is None else f"{readable(machine.available)} of {readable(machine.total)}"
+    table.add_column("phase", footer=f"{estimate.phase}\n")
+    table.add_column("part", footer="most at any time\navailable")
+    table.add_column("size", justify="right", footer=f"{readable(estimate.peak)}\n{there}")
+    phases = {"always": estimate.lasting, **estimate.phases}
+    for phase, parts in phases.items():
+        shown = [(part, size) for part, size in parts.items() if size]
+        for index, (part, size) in enumerate(shown):
+            table.add_row(phase if index == 0 else "", part, readable(size))
+    return table
 
 
 def _show_end(recipe: Recipe) -> None:

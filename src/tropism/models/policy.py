@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,10 +13,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tropism.errors import ModelError
+from tropism.models.emulation import emulates, emulation, rounded
 from tropism.models.heads import ValueHead
-from tropism.models.merged import merged_adapter
+from tropism.models.rows import RowsForward, lay_out
+from tropism.models.sampling_model import SamplingModel, SamplingModels
 from tropism.ops import entropy as entropy_of
-from tropism.ops import token_logprobs
+from tropism.ops import linear_logprobs, token_logprobs
+from tropism.types import first_with_same_prompt
 
 Padding = Literal["right", "left", "both"]
 Wanted = Literal["logprobs", "entropy", "values", "bootstrap_values"]
@@ -93,11 +95,13 @@ class Policy(nn.Module):
         self.model = model
         self.value_head = value_head
         self.padding: Padding = "right"
+        self.sampling_models = SamplingModels(self)
         parameters = inspect.signature(self.body.forward).parameters
         self.takes_positions = "position_ids" in parameters
         self._check_family()
-        rows = self.language_model.get_output_embeddings().weight.shape[0]
-        self.chunk_size = chunk_size or max(1, CHUNK_BYTES[self.device.type == "cpu"] // (4 * rows))
+        self.rows = RowsForward(self)
+        vocabulary = self.language_model.get_output_embeddings().weight.shape[0]
+        self.chunk_size = chunk_size or max(1, CHUNK_BYTES[self.device.type == "cpu"] // (4 * vocabulary))
 
     @property
     def language_model(self) -> Any:
@@ -137,11 +141,16 @@ class Policy(nn.Module):
             arguments["position_ids"] = positions
         if cache is not None:
             arguments["past_key_values"] = cache
-        return self.body(**arguments).last_hidden_state  # type: ignore[no-any-return]
+        return self.run_body(**arguments)
 
-    def for_sampling(self) -> AbstractContextManager[None]:
-        """A block of passes without gradients on unchanged weights, which may be prepared for."""
-        return merged_adapter(self.model) if hasattr(self.model, "peft_config") else nullcontext()
+    def run_body(self, **arguments: Any) -> Tensor:
+        """The transformer's last hidden states, from its own arguments."""
+        with emulation(self.device):
+            return self.body(**arguments).last_hidden_state  # type: ignore[no-any-return]
+
+    def for_sampling(self) -> AbstractContextManager[SamplingModel]:
+        """A block of passes without gradients on unchanged weights, with what is prepared for them."""
+        return self.sampling_models.ready()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V] as the model itself computes them, scaling and soft-capping included."""
@@ -179,17 +188,23 @@ class Policy(nn.Module):
         ids, attention, positions, first = join(
             prompt_ids, prompt_lengths, completion_ids, completion_lengths, padding=self.padding
         )
-        hidden = self.hidden_states(ids, attention, positions)
+        if self.without_padding:
+            same = first_with_same_prompt(prompt_ids, prompt_lengths)
+            laid_out = lay_out(ids, attention, prompt_lengths, same)
+            flat, place = self.rows.hidden_states(laid_out), laid_out.place
+        else:
+            flat = self.hidden_states(ids, attention, positions).flatten(0, 1)
+            place = torch.arange(len(flat), device=ids.device).view(ids.shape)
         width = completion_ids.shape[1]
         real = torch.arange(width, device=ids.device)[None, :] < completion_lengths[:, None]
         chosen = real if mask is None else mask & real
         rows, tokens = torch.nonzero(chosen, as_tuple=True)
         # The one shift of the library: the hidden state one column earlier predicts the token.
-        at_tokens = hidden[rows, first[rows] + tokens - 1]
+        at_tokens = flat[place[rows, first[rows] + tokens - 1]]
         output: dict[str, Tensor] = {}
 
-        def spread(flat: Tensor) -> Tensor:
-            return torch.zeros(chosen.shape, dtype=flat.dtype, device=flat.device).index_put((rows, tokens), flat)
+        def spread(values: Tensor) -> Tensor:
+            return torch.zeros(chosen.shape, dtype=values.dtype, device=ids.device).index_put((rows, tokens), values)
 
         if "logprobs" in want or "entropy" in want:
             logprobs, entropies = self._vocabulary(
@@ -201,9 +216,14 @@ class Policy(nn.Module):
         if "values" in want:
             output["values"] = spread(self._values(at_tokens))
         if "bootstrap_values" in want:
-            after = first + completion_lengths - 1
-            output["bootstrap_values"] = self._values(hidden[torch.arange(len(ids), device=ids.device), after])
+            after = (first + completion_lengths - 1)[:, None]
+            output["bootstrap_values"] = self._values(flat[place.gather(1, after).squeeze(1)])
         return PolicyOutput(**output)
+
+    @property
+    def without_padding(self) -> bool:
+        """Whether the forward pass computes real tokens alone, and prompts that rows share once."""
+        return self.padding == "right" and self.rows.usable
 
     def _values(self, hidden: Tensor) -> Tensor:
         if self.value_head is None:
@@ -216,7 +236,15 @@ class Policy(nn.Module):
         self, hidden: Tensor, ids: Tensor, temperature: float, with_entropy: bool, entropy_gradient: bool
     ) -> tuple[Tensor, Tensor]:
         """Log-probs of ``ids`` [N] and entropies [N] from hidden states [N, H], chunk by chunk."""
-
+        weight = None if with_entropy and entropy_gradient else self._plain_head()
+        if weight is not None:
+            device = hidden.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+            cast = rounded if emulates(hidden.device) else lambda tensor: tensor.to(dtype)
+            with torch.autocast(device, enabled=False):
+                return linear_logprobs(
+                    cast(hidden), cast(weight), ids, temperature=temperature, chunk_size=self.chunk_size
+                )
         logged: list[Tensor] = []  # entropies without gradient: computed in the forward pass, not when it is repeated
 
         def chunk(part: Tensor, part_ids: Tensor, index: int) -> tuple[Tensor, Tensor]:
@@ -239,6 +267,14 @@ class Policy(nn.Module):
         entropies = logged or [p[1] for p in parts]
         return torch.cat([p[0] for p in parts]), torch.cat(entropies)
 
+    def _plain_head(self) -> Tensor | None:
+        """[V, H] where logits are the hidden states times a matrix and nothing else; None otherwise."""
+        head = self.language_model.get_output_embeddings()
+        changed = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+        if type(head) is not nn.Linear or head.bias is not None or any(getattr(self.config, n, None) for n in changed):
+            return None
+        return head.weight
+
     @torch.no_grad()
     def _check_family(self) -> None:
         """Our logits against the model's own on two tokens: an unknown family fails here and not in training."""
@@ -257,41 +293,3 @@ class Policy(nn.Module):
                 f"{family} computes logits from its hidden states in a way tropism does not know; please report "
                 "the family so that Policy.logits learns it"
             )
-
-
-class Reference:
-    """The policy as it was before training, for log-probs only; heads are no part of it.
-
-    A fresh adapter switched off; the frozen second adapter named "reference" when training started from an adapter; a
-    frozen copy of the weights otherwise.
-    """
-
-    ADAPTER = "reference"
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        adapters = getattr(policy.model, "peft_config", None)
-        self.kind: Literal["disabled", "adapter", "copy"]
-        if adapters is None:
-            self.kind = "copy"
-            frozen = copy.deepcopy(policy.model).requires_grad_(False)
-            self.frozen = Policy(frozen, chunk_size=policy.chunk_size).eval()
-        else:
-            self.kind = "adapter" if self.ADAPTER in adapters else "disabled"
-
-    @contextmanager
-    def active(self) -> Iterator[Policy]:
-        """A policy that computes as the reference, inside the block."""
-        model: Any = self.policy.model
-        if self.kind == "copy":
-            yield self.frozen
-        elif self.kind == "disabled":
-            with model.disable_adapter():
-                yield self.policy
-        else:
-            trained = model.active_adapter
-            model.set_adapter(self.ADAPTER, inference_mode=True)
-            try:
-                yield self.policy
-            finally:
-                model.set_adapter(trained)

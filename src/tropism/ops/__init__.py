@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from tropism.ops.advantages import GROUP_STD_EPSILON, gae, group_advantages, leave_one_out_advantages
 from tropism.ops.divergences import LOG_RATIO_LIMIT, clamped_fraction, full_kl, kl_k1, kl_k2, kl_k3
+from tropism.ops.importance import effective_sample_size, truncated_importance_weights
 from tropism.ops.logprobs import entropy, tempered, token_logprobs
 from tropism.ops.masking import WHITEN_EPSILON, masked_deviations, masked_mean, masked_sum, masked_whiten
 from tropism.ops.offline_losses import expectile_loss
@@ -23,6 +24,7 @@ from tropism.ops.policy_losses import (
 )
 from tropism.ops.preference_losses import best_of_k_loss, bradley_terry_loss, dpo_loss
 from tropism.ops.rewards import penalised_rewards, score_at_last_token
+from tropism.ops.vocabulary import linear_logprobs
 
 __all__ = [
     "GROUP_STD_EPSILON",
@@ -36,6 +38,7 @@ __all__ = [
     "clipped_tokens",
     "clipped_value_loss",
     "dpo_loss",
+    "effective_sample_size",
     "entropy",
     "expectile_loss",
     "explained_variance",
@@ -46,6 +49,7 @@ __all__ = [
     "kl_k2",
     "kl_k3",
     "leave_one_out_advantages",
+    "linear_logprobs",
     "masked_deviations",
     "masked_mean",
     "masked_sum",
@@ -56,4 +60,5 @@ __all__ = [
     "sequence_policy_loss",
     "tempered",
     "token_logprobs",
+    "truncated_importance_weights",
 ]

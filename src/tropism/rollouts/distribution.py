@@ -55,26 +55,37 @@ def _nucleus_threshold(logits: Tensor, top_p: float) -> Tensor:
     return top.gather(-1, kept - 1)
 
 
-def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
+def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """One token per row by the inverse CDF of softmax(logits [R, V]) at ``uniforms`` [R] (float64 in [0, 1)).
 
     Exact to float64 sums: blocks of the vocabulary are summed first, then the block that holds the answer is searched,
     which costs one pass instead of a cumulative sum (or a sort) over the whole vocabulary. A token of probability zero
     is never drawn.
+
+    Returns:
+        ids [R] of the tokens, and their log-probs [R], which fall out of the same pass (NaN where the logits are no
+        distribution).
     """
     if logits.device.type == "mps":  # has no float64
-        return draw(logits.cpu(), uniforms).to(logits.device)
+        tokens, logprobs = draw(logits.cpu(), uniforms)
+        return tokens.to(logits.device), logprobs.to(logits.device)
     rows, vocabulary = logits.shape
-    weights = (logits.float() - logits.float().amax(-1, keepdim=True)).exp()
+    logits = logits.float()
+    tops = logits.amax(-1, keepdim=True)
+    weights = (logits - tops).exp_()
     blocks = -(-vocabulary // BLOCK)
-    weights = torch.nn.functional.pad(weights, (0, blocks * BLOCK - vocabulary)).view(rows, blocks, BLOCK)
+    if vocabulary % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, blocks * BLOCK - vocabulary))
+    weights = weights.view(rows, blocks, BLOCK)
     sums = weights.sum(-1, dtype=torch.float64)
     cumulative = sums.cumsum(-1)
     goal = uniforms[:, None].to(cumulative) * cumulative[:, -1:]
     block = _first_above(cumulative, goal, sums)
     before = (cumulative - sums).gather(-1, block)
     inside = weights.gather(1, block[:, :, None].expand(-1, 1, BLOCK)).squeeze(1).double()
-    return (block * BLOCK + _first_above(inside.cumsum(-1), goal - before, inside)).squeeze(-1)
+    tokens = block * BLOCK + _first_above(inside.cumsum(-1), goal - before, inside)
+    logprobs = (logits.gather(-1, tokens) - tops).double() - cumulative[:, -1:].log()
+    return tokens.squeeze(-1), logprobs.squeeze(-1).float()
 
 
 def _first_above(cumulative: Tensor, goal: Tensor, weights: Tensor) -> Tensor:

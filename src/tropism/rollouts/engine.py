@@ -21,7 +21,7 @@ from tropism.errors import ConfigError, NumericsError
 from tropism.rollouts.config import Sampling
 from tropism.rollouts.distribution import draw, penalise_repetition, truncate
 from tropism.rollouts.kv_cache import SlabCache
-from tropism.rollouts.protocol import Capabilities, FilterContext, GeneratingPolicy, LogitFilter
+from tropism.rollouts.protocol import Capabilities, FilterContext, GeneratingPolicy, LogitFilter, SamplingModel
 from tropism.rollouts.randomness import StreamKey
 from tropism.rollouts.stops import StopStrings
 from tropism.types import FinishReason, Prompt, Rollouts, pad_rows
@@ -41,6 +41,7 @@ class _Row:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     behaviour_logprobs: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     spelled_stop: bool = False
     """Whether a stop string has appeared, perhaps before the completion may end."""
@@ -102,8 +103,8 @@ class EmbeddedSampler:
         rows = [_Row(index=i * n + j, prefixes=prefix) for i, prefix in enumerate(prefixes) for j in range(n)]
         ends = (frozenset(self.eos_ids), frozenset(sampling.stop_token_ids))
         stops = StopStrings(sampling.stop, self.tokenizer) if sampling.stop else None
-        with policy.for_sampling():
-            _Decoder(policy, rows, sampling, key, first_index, filters, ends, stops).run()
+        with policy.for_sampling() as model:
+            _Decoder(policy, model, rows, sampling, key, first_index, filters, ends, stops).run()
         return _collect(rows, sampling)
 
 
@@ -132,6 +133,7 @@ def _collect(rows: Sequence[_Row], sampling: Sampling) -> Rollouts:
         completion_lengths=torch.tensor([len(row.ids) for row in rows]),
         logprobs=pad_rows([row.logprobs for row in rows], value=0.0, dtype=torch.float32),
         behaviour_logprobs=pad_rows([row.behaviour_logprobs for row in rows], value=0.0, dtype=torch.float32),
+        values=pad_rows([row.values for row in rows], value=0.0, dtype=torch.float32) if rows[0].values else None,
         finish_reasons=tuple(reasons),
         temperature=sampling.softmax_temperature,
     )
@@ -143,6 +145,7 @@ class _Decoder:
     def __init__(
         self,
         policy: GeneratingPolicy,
+        model: SamplingModel,
         rows: Sequence[_Row],
         sampling: Sampling,
         key: StreamKey,
@@ -151,10 +154,11 @@ class _Decoder:
         ends: tuple[frozenset[int], frozenset[int]],
         stops: StopStrings | None,
     ) -> None:
-        self.policy, self.sampling, self.key, self.first_index = policy, sampling, key, first_index
+        self.device, self.model, self.sampling = policy.device, model, sampling
+        self.key, self.first_index = key, first_index
         self.filters, self.stops = filters, stops
         self.eos_ids, self.stop_ids = ends
-        self.forbidden_early = torch.tensor(sorted(self.eos_ids | self.stop_ids), device=policy.device)
+        self.forbidden_early = torch.tensor(sorted(self.eos_ids | self.stop_ids), device=self.device)
         self.streams = len(rows[0].prefixes)
         self.waiting = deque(rows)
         self.active: list[_Row] = []
@@ -170,7 +174,8 @@ class _Decoder:
         self.hidden: Tensor | None = None
 
     def _new_cache(self, slots: int, columns: int, starts: Tensor) -> SlabCache:
-        return SlabCache(layers=self.layers, slots=slots, columns=columns, starts=starts.to(self.policy.device))
+        starts = starts.to(self.device)
+        return SlabCache(layers=self.layers, slots=slots, columns=columns, starts=starts, dtype=self.model.cache_dtype)
 
     def run(self) -> None:
         while self.waiting or self.active:
@@ -199,7 +204,7 @@ class _Decoder:
             members = list(group)
             places = [prefill.place + stream for prefill in members for stream in range(self.streams)]
             self.cache.make_room(members[0].cache.cursor)
-            self.cache.append(members[0].cache, torch.tensor(places, device=self.policy.device))
+            self.cache.append(members[0].cache, torch.tensor(places, device=self.device))
         for row in entering:
             self.uses[row.prefixes] -= 1
             if self.uses[row.prefixes] == 0:
@@ -211,12 +216,12 @@ class _Decoder:
     def _prefill(self, missing: Sequence[tuple[tuple[int, ...], ...]]) -> None:
         """One forward pass over distinct prefixes, padded on the left; keeps their cache and last hidden states."""
         flat = [ids for prefixes in missing for ids in prefixes]
-        ids = pad_rows(flat, left=True).to(self.policy.device)
+        ids = pad_rows(flat, left=True).to(self.device)
         starts = torch.tensor([ids.shape[1] - len(row) for row in flat], device=ids.device)
         cache = self._new_cache(len(flat), ids.shape[1], starts)
         mask = cache.mask(ids.shape[1])
         positions = (torch.arange(ids.shape[1], device=ids.device)[None, :] - starts[:, None]).clamp(min=0)
-        hidden = self.policy.hidden_states(ids, mask, positions, cache)[:, -1]
+        hidden = self.model.hidden_states(ids, mask, positions, cache)[:, -1]
         cache.advance(ids.shape[1])
         for index, prefixes in enumerate(missing):
             place = index * self.streams
@@ -229,16 +234,23 @@ class _Decoder:
     def _sample(self) -> Tensor:
         """One token for every active row, recorded; rows that end get their finish reason."""
         assert self.hidden is not None
-        all_logits = self.policy.logits(self.hidden).float()
+        all_logits = self.model.logits(self.hidden).float()
         logits = all_logits[:, 0]
         tempered = self._tempered(logits)
         scaled = tempered if self._plain else self._filtered(logits, all_logits)
         greedy = self.sampling.temperature == 0
-        tokens = scaled.argmax(-1) if greedy else draw(scaled, self._uniforms())
-        logprobs = _logprob(tempered, tokens)
-        behaviour = logprobs if self._plain else _logprob(scaled, tokens)
-        values = zip(self.active, tokens.tolist(), logprobs.tolist(), behaviour.tolist(), strict=True)
-        for row, token, logprob, behaviour_logprob in values:
+        if greedy:
+            tokens = scaled.argmax(-1)
+            behaviour = _logprob(scaled, tokens)
+        else:
+            tokens, behaviour = draw(scaled, self._uniforms())
+        logprobs = behaviour if self._plain else _logprob(tempered, tokens)
+        values = self.model.values(self.hidden[:, 0])
+        if values is not None:
+            for row, value in zip(self.active, values.tolist(), strict=True):
+                row.values.append(value)
+        sampled = zip(self.active, tokens.tolist(), logprobs.tolist(), behaviour.tolist(), strict=True)
+        for row, token, logprob, behaviour_logprob in sampled:
             if isnan(logprob) or isnan(behaviour_logprob):
                 raise self._no_distribution(row, logprob)
             row.ids.append(token)
@@ -319,7 +331,7 @@ class _Decoder:
         going = [i for i, row in enumerate(self.active) if row.finish_reason is None]
         movers = deque(reversed([i for i in going if i >= len(going)]))
         order = [i if self.active[i].finish_reason is None else movers.popleft() for i in range(len(going))]
-        index = torch.tensor(order, dtype=torch.long, device=self.policy.device)
+        index = torch.tensor(order, dtype=torch.long, device=self.device)
         self.cache.keep((index[:, None] * self.streams + torch.arange(self.streams, device=index.device)).flatten())
         assert self.hidden is not None
         self.hidden = self.hidden[index]
@@ -329,9 +341,7 @@ class _Decoder:
     def _decode(self, tokens: Tensor) -> None:
         """One forward pass: the sampled token of each row, in each of its streams."""
         self.cache.make_room(0)
-        ids = tokens.repeat_interleave(self.streams)[:, None]
-        positions = (self.cache.cursor - self.cache.starts)[:, None]
-        hidden = self.policy.hidden_states(ids, self.cache.mask(1), positions, self.cache)[:, -1]
+        hidden = self.model.decode(tokens.repeat_interleave(self.streams), self.cache)
         self.cache.advance(1)
         self.hidden = hidden.view(len(self.active), self.streams, -1)
 

@@ -19,17 +19,18 @@ class SlabLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, slots: int, columns: int) -> None:
+    def __init__(self, slots: int, columns: int, dtype: torch.dtype | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.slots, self.columns = slots, columns
+        self.slots, self.columns, self.wanted_dtype = slots, columns, dtype
         self.rows = self.cursor = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         def slab(states: Tensor) -> Tensor:
-            return states.new_zeros(self.slots, states.shape[1], self.columns, states.shape[3])
+            shape = (self.slots, states.shape[1], self.columns, states.shape[3])
+            return states.new_zeros(shape, dtype=self.wanted_dtype)
 
         self.keys, self.values = slab(key_states), slab(value_states)
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device = self.keys.dtype, key_states.device
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -62,10 +63,15 @@ class SlabCache(Cache):
     Rows ``[0, rows)`` are in use. A row with ``n`` tokens so far fills columns ``[cursor - n, cursor)``: all rows
     end at the cursor, so a decode step writes one column and every row stays contiguous (what sliding windows and ALiBi
     count by). ``starts`` [rows] holds each row's first column.
+
+    Args:
+        dtype: of keys and values; None takes that of the first ones written.
     """
 
-    def __init__(self, *, layers: int, slots: int, columns: int, starts: Tensor) -> None:
-        self.slabs = [SlabLayer(slots, columns) for _ in range(layers)]
+    def __init__(
+        self, *, layers: int, slots: int, columns: int, starts: Tensor, dtype: torch.dtype | None = None
+    ) -> None:
+        self.slabs = [SlabLayer(slots, columns, dtype) for _ in range(layers)]
         super().__init__(layers=list(self.slabs))
         self.columns = columns
         self.starts = starts

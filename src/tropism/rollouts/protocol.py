@@ -50,8 +50,33 @@ class LogitFilter(Protocol):
         ...
 
 
+class SamplingModel(Protocol):
+    """A policy while it samples; ``cache`` is the sampler's ``SlabCache``."""
+
+    @property
+    def cache_dtype(self) -> Any:
+        """Of keys and values."""
+        ...
+
+    def hidden_states(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """[B, L] ids -> [B, L, H], the input of the vocabulary projection."""
+        ...
+
+    def decode(self, ids: Tensor, cache: Any) -> Tensor:
+        """[R] next ids -> [R, H]."""
+        ...
+
+    def values(self, hidden: Tensor) -> Tensor | None:
+        """[..., H] -> [...] of the critic; None where there is none."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., V]."""
+        ...
+
+
 class GeneratingPolicy(Protocol):
-    """What the embedded sampler needs of a model."""
+    """What the embedded sampler needs of a policy."""
 
     @property
     def config(self) -> Any: ...
@@ -59,9 +84,7 @@ class GeneratingPolicy(Protocol):
     def device(self) -> Any: ...
     @property
     def context_length(self) -> int | None: ...
-    def for_sampling(self) -> AbstractContextManager[None]: ...
-    def hidden_states(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any = None) -> Tensor: ...
-    def logits(self, hidden: Tensor) -> Tensor: ...
+    def for_sampling(self) -> AbstractContextManager[SamplingModel]: ...
 
 
 class Sampler(Protocol):

@@ -144,7 +144,10 @@ def load_trainable_state(policy: nn.Module, tensors: Mapping[str, Tensor]) -> No
     own = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
-        raise ModelError(f"the checkpoint is of another model: {len(odd)} weights differ, for instance {odd[0]}")
+        raise ModelError(
+            f"the checkpoint is of another model, or other weights of it were trained: {len(odd)} weights differ, for "
+            f"instance {odd[0]}. Go on with the same model, lora and train_layers as before"
+        )
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
@@ -165,5 +168,7 @@ def load_optimizer_state(policy: nn.Module, optimizer: torch.optim.Optimizer, te
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition("::")
         parameter = parameters[name]
-        device = torch.device("cpu") if key == "step" else parameter.device
+        # A fused optimizer counts steps where the weights are, any other on the CPU.
+        on_cpu = key == "step" and not optimizer.defaults.get("fused")
+        device = torch.device("cpu") if on_cpu else parameter.device
         optimizer.state[parameter][key] = value.to(device, copy=True)

@@ -7,6 +7,9 @@ from typing import Literal
 
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
+IMPORTANCE_CAP = 2.0
+"""Cap of importance weights where ``TrainerConfig.importance_cap`` is "auto" and sampling is not exact (verl's too)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -81,7 +84,11 @@ class TrainerConfig:
     micro_batch_size: int | None = None
     """Most rows of a forward and backward pass; None: as many as micro_batch_tokens allows."""
     recompute_logprobs: bool | None = None
-    """Old log-probs from a training forward instead of from sampling; None: in bf16, where the two differ."""
+    """Old log-probs from a training forward instead of from sampling; None: in bf16, where the two differ, and where
+    importance_cap is a number."""
+    importance_cap: float | Literal["auto"] | None = "auto"
+    """Largest weight that corrects for the difference between sampling and training forward; auto: 2 in bf16, no
+    weights in fp32; None: no weights."""
     preflight: bool = True
     """Check before the first update that KL is 0, the ratio 1, and cached and uncached passes agree."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -102,3 +109,20 @@ class TrainerConfig:
             raise ValueError("max_grad_norm must be positive, or None to clip nothing")
         if self.micro_batch_tokens < 1 or (self.micro_batch_size is not None and self.micro_batch_size < 1):
             raise ValueError("micro_batch_tokens and micro_batch_size must be at least 1")
+        if isinstance(self.importance_cap, (int, float)):
+            if not self.importance_cap >= 1:
+                raise ValueError("importance_cap must be at least 1: below, it would shrink weights that need no cap")
+            if self.recompute_logprobs is False:
+                raise ValueError("importance_cap needs recomputed log-probs: leave recompute_logprobs out")
+
+    def correction(self, *, exact: bool) -> tuple[bool, float | None]:
+        """Whether log-probs are computed anew after sampling, and the cap of importance weights (None: no weights).
+
+        Args:
+            exact: sampling and training forward agree, because both compute in fp32.
+        """
+        cap = self.importance_cap
+        if cap == "auto":
+            cap = None if exact or self.recompute_logprobs is False else IMPORTANCE_CAP
+        recompute = self.recompute_logprobs
+        return (not exact or cap is not None) if recompute is None else recompute, cap

@@ -12,6 +12,10 @@ PATIENCE = 10
 HIGH_KL = 10.0
 EXPLODED_KL = 50.0
 LOW_DIVERSITY = 0.25
+LOW_SAMPLE_SIZE = 0.9
+"""Effective share of tokens: log-probs that scatter by about 0.3 nats, several times what bf16 does."""
+LOW_SEQUENCE_SAMPLE_SIZE = 0.3
+"""Effective share of completions; the scatter of their tokens adds up, so it falls with length."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,19 @@ RULES = (
         lambda m: m.get("rollout/empty_fraction", 0.0) > 0.5,
         "most completions are empty or one token long: the policy learned to stop at once. Check what the reward gives "
         "an empty text, or set sampling.min_new_tokens",
+    ),
+    _Rule(
+        "sample size",
+        lambda m: m.get("rollout/effective_sample_size", 1.0) < LOW_SAMPLE_SIZE,
+        "sampling and training forward differ by {rollout/logprob_mismatch} nats per token: the tokens count as only "
+        "{rollout/effective_sample_size} of their number. Set trainer.precision to fp32, or model.dtype to float32",
+    ),
+    _Rule(
+        "sequence sample size",
+        lambda m: m.get("rollout/sequence_effective_sample_size", 1.0) < LOW_SEQUENCE_SAMPLE_SIZE,
+        "sampling and training forward differ so much over whole completions that these count as "
+        "{rollout/sequence_effective_sample_size} of their number. Set trainer.precision to fp32, use a method with "
+        "a ratio per token, or switch the weights off (trainer.importance_cap: null)",
     ),
     _Rule(
         "unscored",

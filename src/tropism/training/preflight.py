@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tropism.errors import NumericsError
-from tropism.models.policy import Policy, Reference
+from tropism.models.policy import Policy
+from tropism.models.reference import Reference
 from tropism.rollouts.config import Sampling
 from tropism.rollouts.protocol import Sampler
 from tropism.rollouts.randomness import StreamKey

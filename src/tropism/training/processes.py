@@ -10,7 +10,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
+from tropism.types import Tokens, first_with_same_prompt
+
 T = TypeVar("T")
+
+GATHERED = 4
+"""Without padding, attention alone works on padded rows; they may have this many times the tokens of a micro-batch."""
 
 
 class Processes:
@@ -59,6 +64,13 @@ class Processes:
         self.accelerator.wait_for_everyone()
 
 
+def micro_batches(tokens: Tokens, *, max_tokens: int, max_rows: int | None, without_padding: bool) -> list[Tensor]:
+    """Rows split into micro-batches for a model that computes pads, or one that does not."""
+    if without_padding:
+        return plan_shared_micro_batches(tokens, max_tokens=max_tokens, max_rows=max_rows)
+    return plan_micro_batches(tokens.total_lengths, max_tokens=max_tokens, max_rows=max_rows)
+
+
 def plan_micro_batches(lengths: Tensor, *, max_tokens: int, max_rows: int | None = None) -> list[Tensor]:
     """Rows split into micro-batches of similar length.
 
@@ -79,3 +91,38 @@ def plan_micro_batches(lengths: Tensor, *, max_tokens: int, max_rows: int | None
         plan.append(order[begin : begin + rows])
         begin += rows
     return plan
+
+
+def plan_shared_micro_batches(tokens: Tokens, *, max_tokens: int, max_rows: int | None = None) -> list[Tensor]:
+    """Rows split into micro-batches for a model that computes real tokens alone, and equal prompts once.
+
+    Rows with the same prompt stay together as long as they fit; the longest come first, so that a micro-batch has rows
+    of similar length.
+
+    Args:
+        max_tokens: most tokens of a micro-batch, prompts that its rows share counted once; a longer single row stands
+            alone.
+
+    Returns:
+        Index tensors that cover every row once.
+    """
+    first = first_with_same_prompt(tokens.prompt_ids, tokens.prompt_lengths).tolist()
+    prompts, completions = tokens.prompt_lengths.tolist(), tokens.completion_lengths.tolist()
+    longest: dict[int, int] = {}
+    for row, group in enumerate(first):
+        longest[group] = max(longest.get(group, 0), prompts[row] + completions[row])
+    order = sorted(range(len(first)), key=lambda row: (-longest[first[row]], first[row]))
+    plan: list[list[int]] = []
+    size, widest, seen = 0, 0, set[int]()
+    for row in order:
+        cost = completions[row] + (0 if first[row] in seen else prompts[row])
+        wide = max(widest, longest[first[row]])
+        rows = len(plan[-1]) if plan else 0
+        full = size + cost > max_tokens or (rows + 1) * wide > GATHERED * max_tokens
+        if not plan or full or (max_rows is not None and rows == max_rows):
+            plan.append([])
+            size, seen, cost, wide = 0, set(), prompts[row] + completions[row], longest[first[row]]
+        plan[-1].append(row)
+        size, widest = size + cost, wide
+        seen.add(first[row])
+    return [torch.tensor(rows) for rows in plan]

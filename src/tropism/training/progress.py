@@ -27,7 +27,7 @@ class Quiet:
     def stage(self, name: str) -> None: ...
 
     def say(self, message: str) -> None:
-        Console(stderr=True).print(message, highlight=False)
+        Console(stderr=True).print(message, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 class Live:
@@ -52,7 +52,7 @@ class Live:
         self.progress.update(self.task, description=name)  # type: ignore[arg-type]
 
     def say(self, message: str) -> None:
-        self.progress.console.print(message)
+        self.progress.console.print(message, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 class Lines:
@@ -72,7 +72,7 @@ class Lines:
     def stage(self, name: str) -> None: ...
 
     def say(self, message: str) -> None:
-        self.console.print(message)
+        self.console.print(message, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

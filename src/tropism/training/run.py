@@ -23,9 +23,11 @@ from tropism.training.config import TrainerConfig
 from tropism.training.interrupt import Interrupted, Interrupts
 from tropism.training.monitor import Monitor
 from tropism.training.processes import Processes
+from tropism.training.profiling import Profile
 from tropism.training.progress import ProgressDisplay, Quiet, show_progress
 from tropism.training.run_folder import RunFolder
 from tropism.training.sources import Collected
+from tropism.training.stopwatch import StepClock
 from tropism.training.trainer import Trainer
 from tropism.types import Metrics
 
@@ -65,7 +67,8 @@ class Run:
         self.best = Best()
         self.display: ProgressDisplay = Quiet()
         self.recent: Metrics = {}
-        self.step_started = time.perf_counter()
+        self.profile: Profile | None = None
+        self.clock = StepClock()
         self.trainer: Trainer
 
     def attach(self, trainer: Trainer) -> None:
@@ -92,11 +95,13 @@ class Run:
             try:
                 if resumed is None:
                     self._evaluate(0)
-                self.step_started = time.perf_counter()
+                self._begin_step(whole=resumed is None or not resumed.tensors["batch"])
                 self.trainer.fit(total_steps)
             except Interrupted:
                 self._save()
                 raise
+            finally:
+                self._close_profile()
             if self.interrupts.received is not None:
                 raise Interrupted(self.interrupts.received)
             self._finish()
@@ -113,9 +118,9 @@ class Run:
 
     def after_update(self, metrics: Metrics, ended: bool) -> bool:
         """The books of one update boundary; returns whether to stop."""
+        self.clock.add_update(metrics["time/update"])
         if ended:
-            metrics["time/step"] = time.perf_counter() - self.step_started
-            self.step_started = time.perf_counter()
+            metrics |= self._end_step()
         step, stop = self.trainer.counts.steps, False
         self._log("update", metrics, step=step if ended else step + 1)
         if ended:
@@ -134,11 +139,52 @@ class Run:
         if self.processes.any(self.interrupts.received is not None):
             self._save()
             return True
+        if ended and not stop:
+            self._write_profile()
+            self._begin_step()
         return stop
+
+    # Time of a step --------------------------------------------------------------------------------------------------
+
+    def _begin_step(self, *, whole: bool = True) -> None:
+        counts = self.trainer.counts
+        if self.profile is not None:
+            self.profile.step_begins()
+        self.clock.begin(samples=counts.samples, tokens=counts.tokens, whole=whole)
+
+    def _end_step(self) -> Metrics:
+        counts = self.trainer.counts
+        timings = self.clock.end(samples=counts.samples, tokens=counts.tokens)
+        if self.profile is not None and self.clock.whole:
+            self.profile.step_ended()
+        return timings
+
+    def _write_profile(self) -> None:
+        """Write the profile once it is recorded, and show its table; what cannot be written does not end the run."""
+        if self.profile is None or not self.profile.recorded:
+            return
+        try:
+            table = self.profile.write(first_step=self.trainer.counts.steps - self.profile.steps + 1)
+            self.display.say(f"{table}\nwritten to {self.profile.folder}")
+        except OSError as error:
+            self._warn(f"the profile cannot be written: {error}")
+        self.profile = None
+
+    def _close_profile(self) -> None:
+        """At the end of the run, however it came: write what is recorded, and forget a part of a step."""
+        self._write_profile()
+        if self.profile is not None:
+            self.profile.close()
+            self.display.say("no profile is written: the run ended before the step that was to be profiled did")
 
     def on_collect(self, collected: Collected) -> None:
         """Log what was sampled, and warn about it."""
         self._log("collect", collected.metrics | collected.timings, step=collected.step)
+        with self.clock.logging():
+            self._inspect(collected)
+
+    def _inspect(self, collected: Collected) -> None:
+        """Warnings about a collect, and the file of its rollouts."""
         for message in self.monitor.check(collected.metrics):
             self._warn(message)
         if self.processes.is_main:
@@ -159,6 +205,7 @@ class Run:
             return False
         self.display.stage("evaluating")
         metrics: Metrics = {}
+        began = time.perf_counter()
         for evaluation in self.evaluations:
             numbers, table = evaluation(step)
             metrics |= numbers
@@ -167,6 +214,7 @@ class Run:
         worn_out = self._judge(step, metrics)
         if self.config.checkpoints.use_best:
             metrics["best/step"] = float(self.best.step)
+        metrics["time/evaluation"] = time.perf_counter() - began
         self._log("evaluation", metrics, step=step)
         self.display.stage("training")
         return worn_out
@@ -192,13 +240,14 @@ class Run:
         self.recent = self.recent | metrics
         if not self.processes.is_main:
             return
-        counts = {name: value for name, value in self.trainer.state_dict().items() if name != "steps"}
-        head = {"kind": kind, "step": step, **counts}
-        timings = {k: v for k, v in metrics.items() if k.startswith(TIMINGS)}
-        self.folder.append("metrics.jsonl", head | {k: v for k, v in metrics.items() if k not in timings})
-        if timings:
-            self.folder.append("timings.jsonl", head | timings)
-        self.processes.accelerator.log(metrics, step=self.trainer.counts.updates)
+        with self.clock.logging():
+            counts = {name: value for name, value in self.trainer.state_dict().items() if name != "steps"}
+            head = {"kind": kind, "step": step, **counts}
+            timings = {k: v for k, v in metrics.items() if k.startswith(TIMINGS)}
+            self.folder.append("metrics.jsonl", head | {k: v for k, v in metrics.items() if k not in timings})
+            if timings:
+                self.folder.append("timings.jsonl", head | timings)
+            self.processes.accelerator.log(metrics, step=self.trainer.counts.updates)
 
     def _warn(self, message: str) -> None:
         if self.processes.is_main:

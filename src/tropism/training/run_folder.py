@@ -7,6 +7,7 @@ timings.jsonl               seconds and rates, which are not
 warnings.jsonl              step and message
 rollouts/step-000001.parquet, evaluations/step-000000.parquet
 checkpoints/, best/, model/, report.html
+profile/trace.json.gz, profile/table.txt
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tropism.training.processes import Processes, plan_micro_batches
+from tropism.training.processes import Processes, micro_batches
 from tropism.types import Tokens
 
 
@@ -47,8 +47,13 @@ class ModelScorer:
     def _fill(self, tokens: Tokens, shapes: dict[str, tuple[int, ...]], temperature: float) -> dict[str, Tensor]:
         results = {name: torch.zeros(shape) for name, shape in shapes.items()}
         mine = torch.arange(self.processes.rank, len(tokens), self.processes.count)
-        plan = plan_micro_batches(tokens.total_lengths[mine], max_tokens=self.max_tokens, max_rows=self.max_rows)
         with self.active() as policy, self.processes.accelerator.autocast():
+            plan = micro_batches(
+                tokens.select(mine),
+                max_tokens=self.max_tokens,
+                max_rows=self.max_rows,
+                without_padding=policy.without_padding,
+            )
             for chosen in plan:
                 rows = mine[chosen]
                 part = tokens.select(rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
@@ -14,14 +13,16 @@ from tropism.algorithms.base import CollectStats, OnPolicyAlgorithm, Scorer
 from tropism.data.demonstrations import Demonstration, collate_demonstrations
 from tropism.data.order import PromptStream, epoch_order
 from tropism.errors import ConfigError
-from tropism.ops import kl_k1, masked_sum
+from tropism.ops import kl_k1
 from tropism.rewards import RewardHarness
 from tropism.rollouts.config import Sampling
 from tropism.rollouts.protocol import Sampler
 from tropism.rollouts.randomness import StreamKey
+from tropism.training.correction import sampling_correction
 from tropism.training.interrupt import Interrupts
 from tropism.training.processes import Processes
-from tropism.types import Batch, Metrics, PolicyBatch, Prompt, RewardBatch, RewardInputs, Rollouts
+from tropism.training.stopwatch import Stopwatch
+from tropism.types import Batch, Metrics, PolicyBatch, Prompt, RewardBatch, RewardInputs, Rollouts, Tokens
 
 
 class Transcribe(Protocol):
@@ -43,6 +44,21 @@ class Collected:
     batch: PolicyBatch
     metrics: Metrics
     timings: Metrics
+
+
+class TimedScorer:
+    """A scorer whose seconds count as stage ``logprobs``."""
+
+    def __init__(self, scorer: Scorer, watch: Stopwatch) -> None:
+        self.scorer, self.watch = scorer, watch
+
+    def logprobs(self, tokens: Tokens, *, temperature: float) -> Tensor:
+        with self.watch.measure("logprobs"):
+            return self.scorer.logprobs(tokens, temperature=temperature)
+
+    def values(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        with self.watch.measure("logprobs"):
+            return self.scorer.values(tokens)
 
 
 class RolloutSource:
@@ -68,6 +84,7 @@ class RolloutSource:
         seed: int,
         total_steps: int,
         recompute_logprobs: bool,
+        importance_cap: float | None,
         interrupts: Interrupts,
         on_collect: Callable[[Collected], None],
     ) -> None:
@@ -75,7 +92,7 @@ class RolloutSource:
         self.harness, self.transcribe, self.processes = harness, transcribe, processes
         self.policy, self.scorer, self.reference = policy, scorer, reference
         self.prompts_per_step, self.seed, self.total_steps = prompts_per_step, seed, total_steps
-        self.recompute_logprobs = recompute_logprobs
+        self.recompute_logprobs, self.importance_cap = recompute_logprobs, importance_cap
         self.interrupts, self.on_collect = interrupts, on_collect
         self.stream = PromptStream(prompts, seed=seed)
         self.collects = 0
@@ -139,29 +156,24 @@ class RolloutSource:
         return stats
 
     def _collect_anew(self) -> Collected:
-        started = time.perf_counter()
+        watch = Stopwatch()
         group = self.algorithm.config.group_size
-        prompts = [prompt for _, prompt in self.stream.take(self.prompts_per_step)]
-        rollouts = self._sample(prompts)
-        sampled = time.perf_counter()
+        with watch.measure("rollout"):
+            prompts = [prompt for _, prompt in self.stream.take(self.prompts_per_step)]
+            rollouts = self._sample(prompts)
         state = {"step": self.collects, "total_steps": self.total_steps}
         per_row = [prompt for prompt in prompts for _ in range(group)]
-        inputs, rewards = self._score(rollouts, per_row, state)
-        scored = time.perf_counter()
-        if self.recompute_logprobs:
-            logprobs = self.scorer.logprobs(rollouts, temperature=rollouts.temperature)
-            mismatch = float(masked_sum((logprobs - rollouts.logprobs).abs(), rollouts.completion_mask))
-            rollouts = replace(rollouts, logprobs=logprobs)
-        with torch.no_grad():
-            batch = self.algorithm.make_batch(self.scorer, self.reference, rollouts, rewards)
-        metrics = collect_metrics(rollouts, rewards, batch, group) | self.algorithm.collect_metrics(batch)
-        if self.recompute_logprobs:
-            metrics["rollout/logprob_mismatch"] = mismatch / max(1, int(rollouts.completion_lengths.sum()))
+        with watch.measure("reward"):
+            inputs, rewards = self._score(rollouts, per_row, state)
+        with watch.measure("make_batch"):
+            rollouts, batch, metrics = self._make_batch(rollouts, rewards, watch)
+        rollout_seconds = watch.take("rollout")
         timings = {
-            "time/rollout": sampled - started,
-            "time/reward": scored - sampled,
-            "time/make_batch": time.perf_counter() - scored,
-            "throughput/tokens_per_second": float(rollouts.completion_lengths.sum()) / max(1e-9, sampled - started),
+            "time/rollout": rollout_seconds,
+            "time/reward": watch.take("reward"),
+            "time/logprobs": watch.take("logprobs"),
+            "time/make_batch": watch.take("make_batch"),
+            "throughput/rollout_tokens_per_second": float(rollouts.completion_lengths.sum()) / rollout_seconds,
         }
         return Collected(
             step=self.collects + 1,
@@ -172,6 +184,29 @@ class RolloutSource:
             metrics=metrics,
             timings=timings,
         )
+
+    def _make_batch(
+        self, rollouts: Rollouts, rewards: RewardBatch, watch: Stopwatch
+    ) -> tuple[Rollouts, PolicyBatch, Metrics]:
+        """The rollouts with their old log-probs, what the method makes of them, and the numbers about both."""
+        scorer = TimedScorer(self.scorer, watch)
+        reference = None if self.reference is None else TimedScorer(self.reference, watch)
+        sampled_logprobs = rollouts.logprobs
+        if self.recompute_logprobs:
+            logprobs = scorer.logprobs(rollouts, temperature=rollouts.temperature)
+            rollouts = replace(rollouts, logprobs=logprobs)
+        with torch.no_grad():
+            batch = self.algorithm.make_batch(scorer, reference, rollouts, rewards)
+        group = self.algorithm.config.group_size
+        metrics = collect_metrics(rollouts, rewards, batch, group) | self.algorithm.collect_metrics(batch)
+        if self.recompute_logprobs:
+            action = self.algorithm.config.action
+            correction, weights = sampling_correction(
+                rollouts, sampled_logprobs, action=action, cap=self.importance_cap
+            )
+            metrics |= correction
+            batch = replace(batch, importance_weights=weights)
+        return rollouts, batch, metrics
 
     def _sample(self, prompts: Sequence[Prompt]) -> Rollouts:
         """Completions of all prompts on every process; each process samples its share."""

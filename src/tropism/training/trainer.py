@@ -16,7 +16,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tropism.errors import NumericsError
 from tropism.training.config import TrainerConfig
 from tropism.training.optimizer import rate_factor
-from tropism.training.processes import Processes, plan_micro_batches
+from tropism.training.processes import Processes, micro_batches
+from tropism.training.profiling import stage
 from tropism.types import Batch, Metrics
 
 
@@ -88,7 +89,8 @@ class Trainer:
         while self.counts.steps < total_steps:
             stop = False
             for batch in self.source.collect(self.policy):
-                metrics = self.update(batch)
+                with stage("update"):
+                    metrics = self.update(batch)
                 ended = self.algorithm.after_step(self.policy, metrics).value == "end collect" or self.source.done
                 if ended:
                     stats = self.source.finish()
@@ -123,11 +125,16 @@ class Trainer:
             rate = self.learning_rate * rate_factor(self.config, step=self.counts.steps, total_steps=self.total_steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["rate"]
-            metrics |= self._accumulate(batch, totals)
-            metrics["optim/grad_norm"] = self._step()
+            at_work = self._at_work(batch)
+            metrics["optim/idle_fraction"] = 1.0 - len(at_work) / len(batch)
+            metrics |= self._accumulate(batch.select(at_work) if len(at_work) < len(batch) else batch, totals)
+            with stage("optimizer"):
+                metrics["optim/grad_norm"] = self._step()
             metrics["optim/lr"] = rate
         self.policy.eval()
         self.counts.updates += 1
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # or the end of the step would count in what comes next
         metrics["time/update"] = time.perf_counter() - started
         return metrics
 
@@ -138,11 +145,12 @@ class Trainer:
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
             with self.accelerator.no_sync(self.policy) if not last else nullcontext():
-                with self.accelerator.autocast():
+                with stage("forward"), self.accelerator.autocast():
                     losses, ratios = self.algorithm.loss(self.policy, part)
                 scaled = {name: loss / totals[name] for name, loss in losses.items() if name in totals}
                 # Gradients are averaged over processes, so each sum is scaled by their number.
-                self.accelerator.backward(self.processes.count * torch.stack(list(scaled.values())).sum())
+                with stage("backward"):
+                    self.accelerator.backward(self.processes.count * torch.stack(list(scaled.values())).sum())
             numbers = {f"loss/{name}": value.detach() for name, value in scaled.items()}
             for name, (numerator, denominator) in ratios.items():
                 numbers[f"{name}/numerator"], numbers[f"{name}/denominator"] = numerator, denominator
@@ -150,12 +158,20 @@ class Trainer:
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value
         return self._reduced(sums)
 
+    def _at_work(self, batch: Batch) -> Tensor:
+        """Rows whose gradient is not known to be exactly zero; one row of an idle batch, so that the step is taken."""
+        rows = torch.nonzero(~self.algorithm.idle(batch)).squeeze(-1)
+        return rows if len(rows) else torch.zeros(1, dtype=torch.long)
+
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         """This process's rows in micro-batches; every process has the same number, empty ones where rows ran out."""
         mine = torch.arange(self.processes.rank, len(batch), self.processes.count)
         config = self.config
-        plan = plan_micro_batches(
-            batch.total_lengths[mine], max_tokens=config.micro_batch_tokens, max_rows=config.micro_batch_size
+        plan = micro_batches(
+            batch.select(mine),
+            max_tokens=config.micro_batch_tokens,
+            max_rows=config.micro_batch_size,
+            without_padding=self.accelerator.unwrap_model(self.policy).without_padding,
         )
         parts = [batch.select(mine[rows]) for rows in plan]
         for _ in range(self.processes.maximum(len(parts)) - len(parts)):

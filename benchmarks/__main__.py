@@ -1,0 +1,23 @@
+"""``python -m benchmarks [options]`` or ``python -m benchmarks scaling [options]``."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks import scaling, standard
+from benchmarks.runner import WorkerError
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    try:
+        if arguments[:1] == ["scaling"]:
+            scaling.main(arguments[1:])
+        else:
+            standard.main(arguments)
+    except WorkerError as death:
+        raise SystemExit(f"a process that prepares or measures something failed: {death}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""A policy prepared for sampling: packed weights, and a fused decode step where its family has one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tropism.models import fused_gpt2, fused_llama
+from tropism.models.fused import Builder, FusedDecoder, GrowingView, UnsupportedError, agrees
+from tropism.models.graphed import GraphedSteps
+from tropism.models.packed import PackedWeights, cpu_multiplies, layers_with_weights, packed_layers
+
+logger = logging.getLogger("tropism")
+
+FUSED: dict[str, Builder] = {
+    **dict.fromkeys(fused_llama.FAMILIES, fused_llama.LlamaDecoder),
+    **dict.fromkeys(fused_gpt2.FAMILIES, fused_gpt2.GPT2Decoder),
+}
+
+
+class SamplingModel:
+    """What the embedded sampler computes with, while the weights stand still.
+
+    Args:
+        policy: a ``Policy``.
+        decoder: None where the model's own forward takes the steps.
+        dtype: of keys and values in the cache.
+    """
+
+    def __init__(self, policy: Any, decoder: FusedDecoder | None, dtype: torch.dtype) -> None:
+        self.policy, self.decoder = policy, decoder
+        self.cache_dtype = dtype
+        graphs = decoder is not None and policy.device.type == "cuda"
+        self.graphed = GraphedSteps(decoder, dtype) if graphs and decoder is not None else None
+
+    def hidden_states(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """[B, L] ids -> [B, L, H], see ``Policy.hidden_states``."""
+        return self.policy.hidden_states(ids, mask, positions, cache)  # type: ignore[no-any-return]
+
+    def decode(self, ids: Tensor, cache: Any) -> Tensor:
+        """[R] ids of the next token of every row -> [R, H]; their keys and values go to the column of the cursor."""
+        if self.decoder is not None:
+            with torch.autocast(ids.device.type, enabled=False):
+                if self.graphed is not None:
+                    return self.graphed.step(ids, cache)
+                return self.decoder.step(ids, cache.slabs, GrowingView(cache))
+        positions = (cache.cursor - cache.starts)[:, None]
+        return self.hidden_states(ids[:, None], cache.mask(1), positions, cache)[:, -1]
+
+    def values(self, hidden: Tensor) -> Tensor | None:
+        """[..., H] -> [...] of the value head; None where the policy has none."""
+        head = self.policy.value_head
+        return None if head is None else head(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., V]."""
+        return self.policy.logits(hidden)  # type: ignore[no-any-return]
+
+
+class SamplingModels:
+    """Makes a policy's ``SamplingModel`` anew whenever it samples, and remembers what does not change."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+        self.weights = PackedWeights()
+        self._fits: dict[torch.dtype, bool] = {}
+
+    @contextmanager
+    def ready(self) -> Iterator[SamplingModel]:
+        """The policy with the weights of this moment; nothing may train inside the block."""
+        device = self.policy.device.type
+        reduced = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if reduced else self.policy.dtype
+        emulated = device == "cpu" and not cpu_multiplies(dtype)
+        decoder = self._decoder(dtype)
+        head = self.policy.language_model.get_output_embeddings()
+        layers = [head] if decoder is not None else layers_with_weights(self.policy.model)
+        with packed_layers(layers, self.weights, dtype):
+            yield SamplingModel(self.policy, decoder, torch.float32 if emulated else dtype)
+
+    def _decoder(self, dtype: torch.dtype) -> FusedDecoder | None:
+        """The family's fused step, or None; one that disagrees with the model is never used again."""
+        model = self.policy.language_model
+        family = type(model).__name__
+        if family not in FUSED or not self._fits.get(dtype, True):
+            return None
+        try:
+            decoder = FUSED[family](model, self.weights, dtype)
+            if dtype not in self._fits:
+                self._fits[dtype] = agrees(decoder, self.policy, dtype)
+        except (
+            UnsupportedError,
+            AttributeError,
+            TypeError,
+            RuntimeError,
+        ) as error:  # another version of the model's code
+            logger.info("no fused decode step for this %s: %s", family, error)
+            self._fits[dtype] = False
+        return decoder if self._fits[dtype] else None

@@ -1,0 +1,85 @@
+"""Fused decode steps against the models' own forward passes."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from decode_steps import FUSED, NEW, PROMPTS, prefilled
+from tiny_models import FAMILIES, tiny_model
+from tropism.models import packed, sampling_model
+from tropism.models.lora import LoRA, add_lora
+from tropism.models.policy import Policy
+
+
+@pytest.mark.parametrize("smallest", [0, 2**30], ids=["packed", "plain"])
+@pytest.mark.parametrize("starts", [[0, 0, 0], [2, 2, 2], [0, 4, 1]], ids=["full", "even", "uneven"])
+@pytest.mark.parametrize("lora", [False, True], ids=["", "lora"])
+@pytest.mark.parametrize("family", FUSED)
+@torch.no_grad()
+def test_each_step_is_the_last_column_of_a_full_forward_pass(
+    family: str, lora: bool, starts: list[int], smallest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps, across the end of a sliding window of 4 in the families that have one."""
+    monkeypatch.setattr(packed, "SMALLEST_PACKED", smallest)
+    model: Any = tiny_model(family)
+    if lora:
+        model = add_lora(model, LoRA(rank=2), seed=0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    policy = Policy(model)
+    begins = torch.tensor(starts)
+    cache = prefilled(policy, begins)
+    with policy.for_sampling() as sampling:
+        assert sampling.decoder is not None
+        for step in range(3):
+            ours = sampling.decode(NEW[:, step], cache)
+            cache.advance(1)
+            for row, begin in enumerate(starts):
+                ids = torch.cat([PROMPTS[row, begin:], NEW[row, : step + 1]])[None]
+                own = policy.hidden_states(
+                    ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(ids.shape[1])[None]
+                )
+                torch.testing.assert_close(ours[row], own[0, -1], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in FUSED])
+@torch.no_grad()
+def test_other_families_take_their_own_forward(family: str) -> None:
+    with Policy(tiny_model(family)).for_sampling() as sampling:
+        assert sampling.decoder is None
+
+
+@torch.no_grad()
+def test_a_step_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling_model, "agrees", lambda *_: False)
+    policy = Policy(tiny_model("llama"))
+    for _ in range(2):
+        with policy.for_sampling() as sampling:
+            assert sampling.decoder is None
+
+
+@torch.no_grad()
+def test_an_unknown_variant_is_told_and_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    policy = Policy(tiny_model("llama", hidden_act="gelu"))
+    with caplog.at_level(logging.INFO, logger="tropism"), policy.for_sampling() as sampling:
+        assert sampling.decoder is None
+    assert "gelu" in caplog.text
+
+
+@pytest.mark.parametrize("family", FUSED)
+@torch.no_grad()
+def test_bf16_stays_near_fp32(family: str) -> None:
+    """Autocast steps against fp32 ones; the tolerance is that of eight bits, over the layers of a tiny model."""
+    policy = Policy(tiny_model(family))
+    starts = torch.zeros(3, dtype=torch.long)
+    with policy.for_sampling() as sampling:
+        exact = sampling.decode(NEW[:, 0], prefilled(policy, starts))
+    with torch.autocast("cpu", dtype=torch.bfloat16), policy.for_sampling() as sampling:
+        assert sampling.decoder is not None
+        reduced = sampling.decode(NEW[:, 0], prefilled(policy, starts))
+    assert 0 < (reduced.float() - exact).abs().max() < 0.1 * exact.abs().max()
