@@ -126,7 +126,6 @@ def environment(threads: int) -> dict[str, str]:
     return os.environ | {
         "OMP_NUM_THREADS": count,
         "MKL_NUM_THREADS": count,
-        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),

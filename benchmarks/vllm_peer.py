@@ -11,6 +11,7 @@ from benchmarks.work import Job, texts_of
 def run(job: Job, gate: Gate) -> None:
     """One engine in this process, so that its memory is seen; its caches take a third of a GPU that others share."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # its CPU build then keeps to OMP_NUM_THREADS
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:

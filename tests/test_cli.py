@@ -143,6 +143,7 @@ def test_a_dry_run_checks_and_prints_and_leaves_nothing(
     assert "kl_estimator: k3" in shown
     assert "prompts: 3\ncompletions per step: 4\ntokens per step: at most 16\nheld out: 3" in shown
     assert "learning rate: " in shown and "trained weights: 260,032 of 260,032" in shown
+    assert "KV cache" in shown and "most at any time" in shown
     assert not (folder / "run").exists()
 
 

@@ -13,9 +13,6 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-torch.set_num_threads(1)
-
 from tiny_models import tiny_model, tiny_tokenizer
 from tropism.algorithms import GRPO, PPO, SFT, AlgorithmConfig
 from tropism.build import Assembly
@@ -81,6 +78,7 @@ def status(name: str) -> int:
 
 
 def main() -> None:
+    torch.set_num_threads(1)
     method, what, *sizes, folder = sys.argv[1:]
     adapter = what == "lora"
     start(method, adapter, sized(32, 48, 2, 64), Path(folder) / "warm-up")
@@ -95,7 +93,7 @@ def main() -> None:
     model.set_attn_implementation("sdpa")
     assembly = start(method, adapter, model, Path(folder) / "run")
     grown = status("VmHWM") - before
-    print(json.dumps({"grown": grown, **assembly.memory.facts()}))
+    sys.stdout.write(json.dumps({"grown": grown, **assembly.memory.facts()}) + "\n")
 
 
 if __name__ == "__main__":

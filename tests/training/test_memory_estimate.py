@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from dataclasses import replace
@@ -27,9 +28,7 @@ from tropism.training.memory_estimate import (
 )
 from tropism.training.memory_facts import architecture_of, memory_report
 
-SMALL = Architecture(
-    hidden_size=10, intermediate_size=20, layers=3, heads=2, kv_heads=1, head_size=5, vocabulary=100
-)
+SMALL = Architecture(hidden_size=10, intermediate_size=20, layers=3, heads=2, kv_heads=1, head_size=5, vocabulary=100)
 RUN = Load(
     weights=4000,
     trained=4000,
@@ -177,7 +176,7 @@ def test_a_run_that_cannot_fit_is_refused_and_a_tight_one_warned_of(caplog: pyte
     tight.check(tell=False)
     assert not caplog.records
     hopeless = memory_report(SMALL, RUN, MachineMemory(available=9000, total=11_000))
-    with pytest.raises(ConfigError, match=r"alone need 40\.8 kB, .* and there are 11 kB in all\. Change one or more of"):
+    with pytest.raises(ConfigError, match=r"alone need 40\.8 kB, .* there are 11 kB in all\. Change one or more of"):
         hopeless.check()
 
 
@@ -247,6 +246,9 @@ def test_the_numbers_of_a_real_run(tmp_path: Path) -> None:
     # Completions of 6 tokens, two for each of 4 prompts, of which the longest has 20 tokens; 4 at a time in an update.
     columns = 20 + 6 + 32
     assert assembly.memory.estimate.phases["sampling"]["KV cache"] == (8 * columns + 4 * 20) * 2 * 2 * 2 * 8 * 4
+    assembly.run.begin()
+    written = json.loads((tmp_path / "run" / "environment.json").read_text())["memory"]
+    assert written["peak"] == assembly.memory.estimate.peak and written["available"] > 0
     text = assembly.memory.line()
     assert re.search(r"at most, in the phase of \w+ \(weights", text) and "available: " in text
 

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tropism.training.processes import Processes, plan_micro_batches
+from tropism.training.processes import GATHERED, Processes, plan_micro_batches, plan_shared_micro_batches
+from tropism.types import Tokens, pad_rows
 
 
 def processes(rank: int, count: int) -> Processes:
@@ -70,3 +71,42 @@ def test_equal_lengths_keep_their_order() -> None:
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_first_of_more_processes_is_main(count: int) -> None:
     assert [processes(rank, count).is_main for rank in range(count)] == [True] + [False] * (count - 1)
+
+
+def rows_of(prompts: list[list[int]], completion_lengths: list[int]) -> Tokens:
+    return Tokens(
+        prompt_ids=pad_rows(prompts, left=True),
+        prompt_lengths=torch.tensor([len(prompt) for prompt in prompts], dtype=torch.long),
+        completion_ids=torch.zeros(len(prompts), max(completion_lengths, default=0), dtype=torch.long),
+        completion_lengths=torch.tensor(completion_lengths, dtype=torch.long),
+    )
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 12)), max_size=25),
+    max_tokens=st.integers(1, 60),
+    max_rows=st.one_of(st.none(), st.integers(1, 5)),
+)
+def test_shared_micro_batches_cover_every_row_once_and_count_each_prompt_once(
+    rows: list[tuple[int, int]], max_tokens: int, max_rows: int | None
+) -> None:
+    prompts = [[kind] * (3 * kind) for kind, _ in rows]
+    plan = plan_shared_micro_batches(
+        rows_of(prompts, [length for _, length in rows]), max_tokens=max_tokens, max_rows=max_rows
+    )
+    assert sorted(row for part in plan for row in part.tolist()) == list(range(len(rows)))
+    for part in plan:
+        members = [rows[row] for row in part.tolist()]
+        tokens = sum(3 * kind for kind in {kind for kind, _ in members}) + sum(length for _, length in members)
+        assert tokens <= max_tokens or len(members) == 1
+        gathered = len(members) * max(3 * kind + length for kind, length in members)
+        assert gathered <= GATHERED * max_tokens or len(members) == 1
+        assert max_rows is None or len(members) <= max_rows
+
+
+def test_completions_of_one_prompt_stay_together() -> None:
+    """By hand: [7, 7] has rows 0, 2 and 3 (2 + 3 + 1 + 1 tokens), [9] rows 1 and 4 (1 + 6 + 2)."""
+    tokens = rows_of([[7, 7], [9], [7, 7], [7, 7], [9]], [3, 6, 1, 1, 2])
+    assert [part.tolist() for part in plan_shared_micro_batches(tokens, max_tokens=16)] == [[1, 4, 0, 2, 3]]
+    assert [part.tolist() for part in plan_shared_micro_batches(tokens, max_tokens=9)] == [[1, 4], [0, 2, 3]]
+    assert [part.tolist() for part in plan_shared_micro_batches(tokens, max_tokens=6)] == [[1], [4], [0, 2], [3]]

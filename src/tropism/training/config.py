@@ -80,7 +80,8 @@ class TrainerConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of forward and backward: fp32, or bf16 autocast; auto: bf16 on GPUs that have it, else fp32."""
     micro_batch_tokens: int = 8192
-    """Most padded tokens of a forward and backward pass; the result does not depend on it, memory does."""
+    """Most tokens of a forward and backward pass; the result does not depend on it, memory does. Pads count where the
+    family needs them; a prompt that completions share counts once."""
     micro_batch_size: int | None = None
     """Most rows of a forward and backward pass; None: as many as micro_batch_tokens allows."""
     recompute_logprobs: bool | None = None

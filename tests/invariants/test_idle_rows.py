@@ -1,0 +1,80 @@
+"""Completions whose gradient is exactly zero are left out, and nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tiny_runs import Setting, assemble
+from tropism.algorithms import GRPO, RLOO
+from tropism.algorithms.base import Algorithm
+from tropism.rewards import RewardConfig
+
+
+def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """The first group of four is told apart, the second is not."""
+    return [float(len(ids) + ids[0] % 3) if place % 8 < 4 else 1.0 for place, ids in enumerate(completion_ids)]
+
+
+def assembled(algorithm: Any, run: Path, reward: Any) -> Any:
+    """Two prompts of four completions, one update."""
+    assembly = assemble(
+        Setting(algorithm.name, False, "llama"),
+        run,
+        algorithm=algorithm,
+        reward=RewardConfig.of({"terms": {"told": {"use": reward}}}),
+        prompts_per_step=2,
+        total_steps=1,
+    )
+    assembly.trainer.source.on_collect = lambda collected: None
+    return assembly
+
+
+METHODS = {
+    "grpo": GRPO(group_size=4, kl_coef=0.0),
+    "gspo": GRPO(group_size=4, kl_coef=0.0, ratio="sequence", normalisation="sequence"),
+    "cispo": GRPO(group_size=4, kl_coef=0.0, ratio="cispo", clip_high=5.0),
+    "rloo": RLOO(group_size=4, kl_coef=0.0),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_leaving_idle_rows_out_changes_no_gradient(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for skipping in (True, False):
+        with monkeypatch.context() as patch:
+            assembly = assembled(METHODS[name], tmp_path / f"{skipping}", reward)
+            if not skipping:
+                patch.setattr(type(assembly.algorithm), "idle", Algorithm.idle)
+            batch = next(iter(assembly.trainer.source.collect(assembly.policy)))
+            seen: list[int] = []
+            loss = assembly.algorithm.loss
+            patch.setattr(assembly.algorithm, "loss", lambda p, b, loss=loss: seen.append(len(b)) or loss(p, b))
+            metrics = assembly.trainer.update(batch)
+            found.append((metrics["optim/grad_norm"], metrics["loss/policy"], sum(seen), len(batch)))
+    (norm, value, rows, _), (own_norm, own_value, own_rows, total) = found
+    assert norm == pytest.approx(own_norm, rel=1e-5)
+    assert value == pytest.approx(own_value, rel=1e-5, abs=1e-6)
+    assert rows < own_rows == total
+
+
+def test_with_a_kl_in_the_loss_no_group_is_idle(tmp_path: Path) -> None:
+    assembly = assembled(GRPO(group_size=4, kl_coef=0.1), tmp_path / "run", reward)
+    batch = next(iter(assembly.trainer.source.collect(assembly.policy)))
+    assert not assembly.algorithm.idle(batch).any()
+
+
+def test_an_idle_batch_still_takes_its_step(tmp_path: Path) -> None:
+    """With momentum the step moves the weights although its gradient is zero, so it is not skipped."""
+    assembly = assembled(METHODS["grpo"], tmp_path / "run", lambda completions: [1.0] * len(completions))
+    batch = next(iter(assembly.trainer.source.collect(assembly.policy)))
+    assert assembly.algorithm.idle(batch).all()
+    metrics = assembly.trainer.update(batch)
+    assert metrics["optim/skipped"] == 0.0 and metrics["optim/grad_norm"] == 0.0
+    assert metrics["optim/idle_fraction"] == pytest.approx(1 - 1 / len(batch))
+    assert all(torch.isfinite(p).all() for p in assembly.policy.parameters())
