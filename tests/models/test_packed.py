@@ -129,3 +129,11 @@ def test_without_the_private_kernels_the_plain_product_is_used(monkeypatch: pyte
     assert dense is not None and dense.packed is None
     x = torch.ones(2, 200)
     torch.testing.assert_close(dense(x), layer(x).detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_asking_under_autocast_gives_the_same_answer() -> None:
+    packed.cpu_packs.cache_clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = packed.cpu_packs(torch.float32)
+    packed.cpu_packs.cache_clear()
+    assert under == packed.cpu_packs(torch.float32)

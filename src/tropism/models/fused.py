@@ -112,7 +112,7 @@ class GrowingView:
         values = slab.values[:rows, :, self.first : end].flatten(0, 1)
         mask = self._mask(width)
         if mask is None:
-            scores = torch.bmm(query, keys.transpose(1, 2)).mul_(scale)
+            scores = torch.baddbmm(query.new_empty(1, 1, 1), query, keys.transpose(1, 2), beta=0, alpha=scale)
         else:
             over_heads = mask.expand(-1, shared, -1).reshape(rows * shared, 1, -1)
             scores = torch.baddbmm(over_heads, query, keys.transpose(1, 2), alpha=scale)

@@ -62,8 +62,8 @@ class GPT2Decoder:
             joint = layer.into(_layer_norm(hidden, layer.before_attention))
             query, key, value = joint.unflatten(-1, (3, self.heads, -1)).unbind(1)
             view.write(slab, key, value)
-            hidden = hidden + layer.out(view.attend(query, slab, layer.scale))
-            hidden = hidden + layer.down(layer.act(layer.up(_layer_norm(hidden, layer.before_mlp))))
+            hidden = layer.out.plus(view.attend(query, slab, layer.scale), hidden)
+            hidden = layer.down.plus(layer.act(layer.up(_layer_norm(hidden, layer.before_mlp))), hidden)
         return _layer_norm(hidden, self.norm)
 
 

@@ -22,10 +22,10 @@ class _Layer:
     out: Dense
     gate_up: Dense
     down: Dense
-    before_attention: Any
-    before_mlp: Any
-    query_norm: Any
-    key_norm: Any
+    before_attention: _RMSNorm
+    before_mlp: _RMSNorm
+    query_norm: _RMSNorm | None
+    key_norm: _RMSNorm | None
     scale: float
     window: int | None
 
@@ -41,7 +41,7 @@ class LlamaDecoder:
         body, config = model.base_model, model.config
         if config.hidden_act != "silu":
             raise UnsupportedError(f"activation {config.hidden_act}")
-        self.embed, self.norm, self.rotary = body.embed_tokens, body.norm, body.rotary_emb
+        self.embed, self.norm, self.rotary = body.embed_tokens, _RMSNorm(body.norm), body.rotary_emb
         self.size = body.layers[0].self_attn.head_dim
         self.heads, self.shared = config.num_attention_heads, config.num_key_value_heads
         self.dtype = dtype
@@ -55,10 +55,10 @@ class LlamaDecoder:
             out=need(weights, [attention.o_proj], self.dtype),
             gate_up=need(weights, [mlp.gate_proj, mlp.up_proj], self.dtype),
             down=need(weights, [mlp.down_proj], self.dtype),
-            before_attention=layer.input_layernorm,
-            before_mlp=layer.post_attention_layernorm,
-            query_norm=getattr(attention, "q_norm", None),
-            key_norm=getattr(attention, "k_norm", None),
+            before_attention=_RMSNorm(layer.input_layernorm),
+            before_mlp=_RMSNorm(layer.post_attention_layernorm),
+            query_norm=_RMSNorm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+            key_norm=_RMSNorm(attention.k_norm) if hasattr(attention, "k_norm") else None,
             scale=attention.scaling,
             window=_window(attention),
         )
@@ -68,26 +68,23 @@ class LlamaDecoder:
         cos, sin = self.rotary(hidden, position_ids=view.positions[:, None])
         half = self.size // 2
         sin = sin[..., :half]
-        queries, both = self.heads * self.size, (self.heads + self.shared) * self.size
+        both = self.heads + self.shared
         for layer, slab in zip(self.layers, slabs, strict=True):
-            joint = layer.into(_rms_norm(hidden, layer.before_attention))
-            if layer.query_norm is not None:
-                query = _rms_norm(joint[:, :queries].unflatten(-1, (-1, self.size)), layer.query_norm)
-                key = _rms_norm(joint[:, queries:both].unflatten(-1, (-1, self.size)), layer.key_norm)
+            joint = layer.into(layer.before_attention(hidden)).unflatten(-1, (-1, self.size))
+            rotating, values = joint[:, :both], joint[:, both:]
+            if layer.query_norm is not None and layer.key_norm is not None:
+                query, key = layer.query_norm(joint[:, : self.heads]), layer.key_norm(joint[:, self.heads : both])
                 rotating = torch.cat([query, key], dim=1)
-            else:
-                rotating = joint[:, :both].unflatten(-1, (-1, self.size))
             rotating = rotating.to(cos.dtype)
             turned = rotating * cos
             turned[..., :half].addcmul_(rotating[..., half:], sin, value=-1)
             turned[..., half:].addcmul_(rotating[..., :half], sin)
-            values = joint[:, both:].unflatten(-1, (-1, self.size))
             view.write(slab, turned[:, self.heads :], values)
             seen = view.attend(turned[:, : self.heads], slab, layer.scale, layer.window)
-            hidden = hidden + layer.out(seen)
-            gate, up = layer.gate_up(_rms_norm(hidden, layer.before_mlp)).chunk(2, dim=-1)
-            hidden = hidden + layer.down(torch.nn.functional.silu(gate).mul_(up))
-        return _rms_norm(hidden, self.norm)
+            hidden = layer.out.plus(seen, hidden)
+            gate, up = layer.gate_up(layer.before_mlp(hidden)).chunk(2, dim=-1)
+            hidden = layer.down.plus(torch.nn.functional.silu(gate).mul_(up), hidden)
+        return self.norm(hidden)
 
 
 def _window(attention: Any) -> int | None:
@@ -97,5 +94,23 @@ def _window(attention: Any) -> int | None:
     return width
 
 
-def _rms_norm(x: Tensor, norm: Any) -> Tensor:
-    return torch.nn.functional.rms_norm(x.to(norm.weight.dtype), x.shape[-1:], norm.weight, norm.variance_epsilon)
+class _RMSNorm:
+    """x / sqrt(mean(x^2) + eps) * weight, in few operations.
+
+    sqrt(mean(x^2) + eps) = hypot(|x|, sqrt(n eps)) / sqrt(n) for x of length n.
+
+    Args:
+        norm: the model's module.
+    """
+
+    def __init__(self, norm: Any) -> None:
+        size = norm.weight.shape[0]
+        self.dtype = norm.weight.dtype
+        self.weight = norm.weight.detach().float() * size**0.5
+        self.floor = torch.tensor((size * norm.variance_epsilon) ** 0.5, device=norm.weight.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., n] -> [..., n]."""
+        x = x.float()
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x * self.weight).div_(torch.hypot(length, self.floor)).to(self.dtype)

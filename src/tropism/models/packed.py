@@ -61,6 +61,13 @@ class Dense:
             return self._product(x.to(self.dtype).float()).to(self.dtype)
         return self._product(x.to(self.dtype))
 
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """[N, in] and [N, out] -> [N, out]: the product added to ``residual``."""
+        if self.packed is not None and residual.dtype == self.dtype:
+            binary = torch.ops.mkldnn._linear_pointwise.binary
+            return binary(x, residual, self.packed, self.parts[0][1], "add")  # type: ignore[no-any-return]
+        return residual + self(x)
+
     def _product(self, x: Tensor) -> Tensor:
         if self.packed is not None:
             flat = x.reshape(-1, x.shape[-1])
@@ -89,10 +96,12 @@ def cpu_packs(dtype: torch.dtype) -> bool:
         x, weight = (torch.randn(3, 40, generator=generator), torch.randn(24, 40, generator=generator))
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), ROWS_HINT)
         product = torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, None, "none", [], "").float()
+        with torch.autocast("cpu", enabled=False):
+            expected = x @ weight.T
     except (AttributeError, RuntimeError, TypeError):  # not built in, or this CPU cannot
         return False
     tolerance = 1e-3 if dtype == torch.float32 else 0.5
-    return bool((product - x @ weight.T).abs().max() < tolerance)
+    return bool((product - expected).abs().max() < tolerance)
 
 
 class PackedWeights:
