@@ -20,5 +20,3 @@ def prefilled(policy: Policy, starts: torch.Tensor) -> SlabCache:
     policy.hidden_states(PROMPTS, cache.mask(PROMPTS.shape[1]), positions, cache)
     cache.advance(PROMPTS.shape[1])
     return cache
-
-

@@ -33,6 +33,19 @@ def assembled(algorithm: Any, run: Path, reward: Any) -> Any:
     return assembly
 
 
+def counted_rows(algorithm: Any, patch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each call of the loss will be given."""
+    seen: list[int] = []
+    loss = algorithm.loss
+
+    def counting(policy: Any, batch: Any) -> Any:
+        seen.append(len(batch))
+        return loss(policy, batch)
+
+    patch.setattr(algorithm, "loss", counting)
+    return seen
+
+
 METHODS = {
     "grpo": GRPO(group_size=4, kl_coef=0.0),
     "gspo": GRPO(group_size=4, kl_coef=0.0, ratio="sequence", normalisation="sequence"),
@@ -42,9 +55,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_leaving_idle_rows_out_changes_no_gradient(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_leaving_idle_rows_out_changes_no_gradient(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for skipping in (True, False):
         with monkeypatch.context() as patch:
@@ -52,9 +63,7 @@ def test_leaving_idle_rows_out_changes_no_gradient(
             if not skipping:
                 patch.setattr(type(assembly.algorithm), "idle", Algorithm.idle)
             batch = next(iter(assembly.trainer.source.collect(assembly.policy)))
-            seen: list[int] = []
-            loss = assembly.algorithm.loss
-            patch.setattr(assembly.algorithm, "loss", lambda p, b, loss=loss: seen.append(len(b)) or loss(p, b))
+            seen = counted_rows(assembly.algorithm, patch)
             metrics = assembly.trainer.update(batch)
             found.append((metrics["optim/grad_norm"], metrics["loss/policy"], sum(seen), len(batch)))
     (norm, value, rows, _), (own_norm, own_value, own_rows, total) = found

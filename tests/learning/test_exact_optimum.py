@@ -95,13 +95,12 @@ def test_fails_with_the_score_of_the_previous_row(name: str, tmp_path: Path, mon
 def test_fails_with_shifted_logprobs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The training forward reads the state after a token, not the one before it."""
     assembly = assemble_task(METHODS[name], tmp_path, steps=STEPS, rate=RATE)
-    hidden_states = assembly.policy.hidden_states
+    hidden_states = assembly.policy.rows.hidden_states
 
-    def shifted(ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any = None) -> torch.Tensor:
-        hidden = hidden_states(ids, mask, positions, cache)
-        return hidden if cache is not None else hidden.roll(-1, dims=1)
+    def shifted(rows: Any) -> torch.Tensor:
+        return hidden_states(rows).roll(-1, dims=0)
 
-    monkeypatch.setattr(assembly.policy, "hidden_states", shifted)
+    monkeypatch.setattr(assembly.policy.rows, "hidden_states", shifted)
     assert share_of_optimum(assembly)[0] < ENOUGH
 
 

@@ -221,6 +221,11 @@ class Policy(nn.Module):
         return PolicyOutput(**output)
 
     @property
+    def recomputes_activations(self) -> bool:
+        """Whether activations are computed again in the backward pass (a field of ``ModelConfig``)."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.language_model.modules())
+
+    @property
     def without_padding(self) -> bool:
         """Whether the forward pass computes real tokens alone, and prompts that rows share once."""
         return self.padding == "right" and self.rows.usable

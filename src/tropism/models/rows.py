@@ -150,7 +150,7 @@ class RowsForward:
     @property
     def usable(self) -> bool:
         """Whether to use it now. Recomputed activations read the attention function when the pass is over."""
-        return self.works and not getattr(self.policy.body, "is_gradient_checkpointing", False)
+        return self.works and not self.policy.recomputes_activations
 
     def hidden_states(self, rows: Rows) -> Tensor:
         """[N, H], the input of the vocabulary projection at every token of the flat sequence."""
