@@ -236,15 +236,18 @@ class _Decoder:
         assert self.hidden is not None
         all_logits = self.model.logits(self.hidden).float()
         logits = all_logits[:, 0]
-        tempered = self._tempered(logits)
-        scaled = tempered if self._plain else self._filtered(logits, all_logits)
         greedy = self.sampling.temperature == 0
-        if greedy:
-            tokens = scaled.argmax(-1)
-            behaviour = _logprob(scaled, tokens)
+        if self._plain:
+            tokens, behaviour, logprobs = self._draw_without_early_ends(self._tempered(logits))
         else:
-            tokens, behaviour = draw(scaled, self._uniforms())
-        logprobs = behaviour if self._plain else _logprob(tempered, tokens)
+            tempered = self._tempered(logits)
+            scaled = self._filtered(logits, all_logits)
+            if greedy:
+                tokens = scaled.argmax(-1)
+                behaviour = _logprob(scaled, tokens)
+            else:
+                tokens, behaviour = draw(scaled, self._uniforms())
+            logprobs = _logprob(tempered, tokens)
         values = self.model.values(self.hidden[:, 0])
         if values is not None:
             for row, value in zip(self.active, values.tolist(), strict=True):
@@ -277,10 +280,36 @@ class _Decoder:
 
     @property
     def _plain(self) -> bool:
-        """Whether the distribution sampled from is the tempered one itself."""
+        """Whether the distribution sampled from is the tempered one itself, but for ends that come too early."""
         s = self.sampling
         truncated = s.top_k > 0 or s.top_p < 1 or s.min_p > 0 or s.repetition_penalty != 1
-        return not (truncated or self.filters or s.min_new_tokens > 0 or s.temperature == 0)
+        return not (truncated or self.filters or s.temperature == 0)
+
+    def _draw_without_early_ends(self, tempered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [R], their log-probs where early ends are forbidden, and where they are not.
+
+        What the few forbidden tokens weigh is added to the sum of all others, which saves a pass over the vocabulary:
+        log p = l - log(exp(lse of the allowed) + exp(lse of the forbidden)).
+        """
+        early = self._early_rows()
+        if early is None:
+            tokens, logprobs = draw(tempered, self._uniforms())
+            return tokens, logprobs, logprobs
+        forbidden = tempered[:, self.forbidden_early].logsumexp(-1)
+        tempered[early, self.forbidden_early[None, :]] = -torch.inf
+        tokens, behaviour = draw(tempered, self._uniforms())
+        chosen = tempered.gather(-1, tokens[:, None]).squeeze(-1)
+        unforbidden = chosen - torch.logaddexp(chosen - behaviour, forbidden)
+        at_early = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        at_early[early.squeeze(-1)] = True
+        return tokens, behaviour, torch.where(at_early, unforbidden, behaviour)
+
+    def _early_rows(self) -> Tensor | None:
+        """[E, 1] rows that may not end yet; None where there are none, or nothing would end them."""
+        early = [len(row.ids) < self.sampling.min_new_tokens for row in self.active]
+        if not any(early) or not len(self.forbidden_early):
+            return None
+        return torch.tensor(early, device=self.device).nonzero()
 
     def _filtered(self, logits: Tensor, stream_logits: Tensor) -> Tensor:
         """Logits [R, V] of the distribution that is sampled from."""
@@ -300,11 +329,10 @@ class _Decoder:
                 logits = change(logits, context)
         if sampling.repetition_penalty != 1:
             logits = penalise_repetition(logits, ids, sampling.repetition_penalty)
-        early = [len(row.ids) < sampling.min_new_tokens for row in self.active]
-        if any(early) and len(self.forbidden_early):
-            rows = torch.tensor(early, device=logits.device).nonzero()
+        early = self._early_rows()
+        if early is not None:
             logits = logits.clone()
-            logits[rows, self.forbidden_early[None, :]] = -torch.inf
+            logits[early, self.forbidden_early[None, :]] = -torch.inf
         return truncate(self._tempered(logits), sampling)
 
     def _uniforms(self) -> Tensor:
