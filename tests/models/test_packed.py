@@ -13,6 +13,11 @@ from tropism.models.lora import LoRA, add_lora
 from tropism.models.packed import Dense, PackedWeights, layers_with_weights, packed_layers
 
 
+@pytest.fixture(autouse=True)
+def _packs_small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "SMALLEST_PACKED", 2**12)
+
+
 def adapted(family: str) -> nn.Module:
     model = add_lora(tiny_model(family), LoRA(rank=2), seed=0)
     generator = torch.Generator().manual_seed(1)

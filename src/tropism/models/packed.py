@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 ROWS_HINT = 32
 """Rows that a packed layout is made for; it serves other numbers of rows as well."""
-SMALLEST_PACKED = 2**14
+SMALLEST_PACKED = 2**18
 """Weights with fewer entries stay as they are: their product costs less than the call of the other kernel."""
 
 
