@@ -24,7 +24,7 @@ def summarise(work: Work, results: Mapping[str, Steps], limits: Mapping[str, Any
     flops = work.flops(limits["body_weights"], limits["head_weights"])
     systems = {}
     for name, steps in results.items():
-        # What bf16 can do is no less than fp32: where the CPU has no units for it, it can be computed there and rounded.
+        # bf16 is no slower than fp32: a CPU without units for it can compute in fp32 and round.
         rate = max(limits["gemm_gflops"][kind] for kind in {"fp32", SYSTEMS[name].precision})
         systems[name] = _numbers(steps, work, flops / 1e9, rate) if steps.clean else {"error": steps.error}
     return {

@@ -83,3 +83,17 @@ def test_bf16_stays_near_fp32(family: str) -> None:
         assert sampling.decoder is not None
         reduced = sampling.decode(NEW[:, 0], prefilled(policy, starts))
     assert 0 < (reduced.float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("family", FUSED)
+@torch.no_grad()
+def test_weights_of_other_types(family: str, dtype: torch.dtype) -> None:
+    """Fused or not, a step is near the fp32 one."""
+    starts = torch.zeros(3, dtype=torch.long)
+    found = []
+    for kind in (torch.float32, dtype):
+        policy = Policy(tiny_model(family).to(kind))
+        with policy.for_sampling() as sampling:
+            found.append(sampling.decode(NEW[:, 0], prefilled(policy, starts)).float())
+    assert (found[1] - found[0]).abs().max() < 0.1 * found[0].abs().max()

@@ -113,4 +113,5 @@ class _RMSNorm:
         """[..., n] -> [..., n]."""
         x = x.float()
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return (x * self.weight).div_(torch.hypot(length, self.floor)).to(self.dtype)
+        scaled: Tensor = (x * self.weight).div_(torch.hypot(length, self.floor))
+        return scaled.to(self.dtype)

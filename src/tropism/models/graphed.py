@@ -87,7 +87,7 @@ class GraphedSteps:
                 self.out = self.fixed.run()
             graph.replay()
             difference = (self.out[: len(ids)] - eager).abs().max()
-            if not bool(difference <= TOLERANCE[self.dtype] * eager.abs().max().clamp(min=1.0)):
+            if not bool(difference <= TOLERANCE.get(self.dtype, 5e-2) * eager.abs().max().clamp(min=1.0)):
                 raise RuntimeError(f"its result differs by {float(difference):.3g}")
             self.graph = graph
         except RuntimeError as error:
