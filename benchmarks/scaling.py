@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.runner import ROOT, Settings, run_work
-from benchmarks.standard import add_common, circumstances, measured_limits, prepare, slug, write
+from benchmarks.standard import add_common, circumstances, measured_limits, prepare, public, slug, write
 from benchmarks.summary import summarise
 from benchmarks.work import SYSTEMS, Kind, Work
 
@@ -100,7 +100,7 @@ def measure(settings: Settings, precision: str, minutes: float) -> dict[str, Any
                 continue
             steps = run_work(work, systems, limits[point.size]["folder"], settings)
             measured[work.name] = summarise(work, steps, limits[point.size])
-    return {**circumstances(settings), "precision": precision, "limits": limits, "points": measured}
+    return {**circumstances(settings), "precision": precision, "limits": public(limits), "points": measured}
 
 
 def in_order() -> Iterator[Point]:

@@ -9,7 +9,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def measure(
     models = {name: prepare(model if name == "main" else name, settings) for name in names}
     machine = measured_limits(settings)
     found: dict[str, dict[str, Any]] = {}
-    result = {**circumstances(settings), "model": model, "models": models, "machine": machine}
+    result = {**circumstances(settings), "model": Path(model).name, "models": public(models), "machine": machine}
     path = out or ROOT / "benchmarks" / "results" / f"{slug(machine['device_name'], settings.device)}.json"
     print_limits(machine, console)
     for work in works:
@@ -110,6 +110,11 @@ def measured_limits(settings: Settings) -> dict[str, Any]:
 
 def _facts(answer: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in answer.items() if name not in ("event", "load_seconds")}
+
+
+def public(models: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What is written about models: where their folders lie means nothing elsewhere."""
+    return {size: {name: value for name, value in facts.items() if name != "folder"} for size, facts in models.items()}
 
 
 def job(task: str, model: str, settings: Settings) -> Job:

@@ -127,6 +127,15 @@ def test_bf16_rounds_operands_and_results() -> None:
     assert torch.equal(result.float(), torch.full((1, 256), 256.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_added_to_a_residual(dtype: torch.dtype) -> None:
+    """Packed or emulated; by hand: a row of 200 ones times ones is 200, and 200 + 3 is 203."""
+    dense = Dense([torch.ones(100, 200)], [None], dtype)
+    out = dense.plus(torch.ones(2, 200, dtype=dtype), torch.full((2, 100), 3.0, dtype=dtype))
+    assert out.dtype == dtype
+    assert torch.equal(out.float(), torch.full((2, 100), 203.0))
+
+
 def test_without_the_private_kernels_the_plain_product_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "cpu_packs", lambda dtype: False)
     layer = nn.Linear(200, 100)

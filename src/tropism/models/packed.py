@@ -50,10 +50,10 @@ class Dense:
         else:
             self.parts = list(zip(cast, filled if some_bias else [None] * len(cast), strict=True))
         self.packed: Tensor | None = None
-        weight = self.parts[0][0]
+        weight, self.bias = self.parts[0]
         if device.type == "cpu" and weight.numel() >= SMALLEST_PACKED and cpu_packs(stored):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)
-            self.parts = [(weight[:0], self.parts[0][1])]
+            self.parts = []  # a joined weight is a copy, and of no more use
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -63,15 +63,15 @@ class Dense:
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """[N, in] and [N, out] -> [N, out]: the product added to ``residual``."""
-        if self.packed is not None and residual.dtype == self.dtype:
+        if self.packed is not None and not self.emulated and x.dtype == residual.dtype == self.dtype:
             binary = torch.ops.mkldnn._linear_pointwise.binary
-            return binary(x, residual, self.packed, self.parts[0][1], "add")  # type: ignore[no-any-return]
+            return binary(x, residual, self.packed, self.bias, "add")  # type: ignore[no-any-return]
         return residual + self(x)
 
     def _product(self, x: Tensor) -> Tensor:
         if self.packed is not None:
             flat = x.reshape(-1, x.shape[-1])
-            out = torch.ops.mkldnn._linear_pointwise(flat, self.packed, self.parts[0][1], "none", [], "")
+            out = torch.ops.mkldnn._linear_pointwise(flat, self.packed, self.bias, "none", [], "")
             return out.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
         results = [nn.functional.linear(x, weight, bias) for weight, bias in self.parts]
         return results[0] if len(results) == 1 else torch.cat(results, dim=-1)

@@ -93,12 +93,7 @@ class SamplingModels:
             decoder = FUSED[family](model, self.weights, dtype)
             if dtype not in self._fits:
                 self._fits[dtype] = agrees(decoder, self.policy, dtype)
-        except (
-            UnsupportedError,
-            AttributeError,
-            TypeError,
-            RuntimeError,
-        ) as error:  # another version of the model's code
+        except (UnsupportedError, AttributeError, TypeError, RuntimeError) as error:  # or the model's code has changed
             logger.info("no fused decode step for this %s: %s", family, error)
             self._fits[dtype] = False
         return decoder if self._fits[dtype] else None
