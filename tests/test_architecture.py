@@ -34,7 +34,18 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """Part -> the other parts it may import. What is not listed here composes, and may import all."""
 
-COMPOSERS = {"__init__", "api", "build", "cli", "commands", "config", "demo", "recipe_data"}
+COMPOSERS = {
+    "__init__",
+    "api",
+    "build",
+    "cli",
+    "commands",
+    "config",
+    "demo",
+    "recipe_data",
+    "recipe_model",
+    "recipe_processes",
+}
 
 EXCEPTIONS: dict[str, set[str]] = {
     # Sources know the protocols of what they call, never a concrete method, sampler or model.

@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from peft import PeftModel
 
 from tropism.algorithms.base import OnPolicyAlgorithm, RunFacts
@@ -21,15 +19,11 @@ from tropism.errors import ConfigError
 from tropism.evaluation.heldout import LossEvaluation, RewardEvaluation
 from tropism.evaluation.report import write_report
 from tropism.generation import TextPolicy
-from tropism.models.freezing import train_last_layers
-from tropism.models.heads import ValueHead
-from tropism.models.loading import LoadedModel, load_model
-from tropism.models.lora import add_lora, add_reference_adapter
-from tropism.models.packed import cpu_multiplies
-from tropism.models.policy import Policy
 from tropism.models.reference import Reference
 from tropism.models.saving import save_plain
 from tropism.recipe_data import demonstrations_of, prompts_of
+from tropism.recipe_model import policy_of
+from tropism.recipe_processes import accelerator_for
 from tropism.rewards import RewardHarness
 from tropism.rollouts.engine import EmbeddedSampler
 from tropism.rollouts.transcribe import Transcriber
@@ -99,7 +93,7 @@ class Assembly:
         path = Path(self.processes.from_main(str(path)))
         self.folder = _open_folder(path, self.processes, resume=resume)
         self.checkpoint = self._newest_checkpoint() if resume else None
-        self.loaded, self.policy = _build_policy(recipe)
+        self.loaded, self.policy = policy_of(recipe)
         self.reference = self._build_reference()
         self.algorithm: Any = config.build(
             RunFacts(total_steps=recipe.total_steps, max_new_tokens=recipe.sampling.max_new_tokens)
@@ -311,33 +305,6 @@ class Assembly:
         )
 
 
-def accelerator_for(recipe: Recipe) -> Accelerator:
-    """Device and precision of a recipe."""
-    AcceleratorState._reset_state()  # a process may run several recipes, each with its own precision
-    name = recipe.model.device if hasattr(recipe.model, "device") and isinstance(recipe.model.device, str) else "auto"
-    precision = recipe.trainer.precision
-    on_cuda = name != "cpu" and torch.cuda.is_available()
-    if precision == "auto":
-        # Asked without emulation, as for the type of the weights: emulated bf16 brings no speed.
-        fast = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if fast else "fp32"
-    accelerator = Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        cpu=name == "cpu" or not torch.cuda.is_available(),
-        log_with=list(recipe.trainer.tracking) or None,
-        project_dir=recipe.run or "runs",
-    )
-    if precision == "bf16" and accelerator.device.type == "cpu" and not cpu_multiplies(torch.bfloat16):
-        capability = torch.backends.cpu.get_cpu_capability()
-        if accelerator.is_main_process:
-            logger.warning(
-                "precision is bf16, but this CPU (%s) has no bf16 arithmetic: it is emulated, which rounds like bf16 "
-                "and brings no speed. Leave precision at auto unless you want to see what rounding does",
-                capability,
-            )
-    return accelerator
-
-
 def free_run(method: str) -> Path:
     """runs/<method>-<number> with the first number that is free."""
     number = 1
@@ -358,36 +325,3 @@ def _open_folder(path: Path, processes: Processes, *, resume: bool) -> RunFolder
     if problem is not None:
         raise ConfigError(problem)
     return folder or RunFolder.existing(path)
-
-
-def _build_policy(recipe: Recipe) -> tuple[LoadedModel, Policy]:
-    """The model with its adapter and value head; exactly what is trained has gradients."""
-    loaded = load_model(recipe.model)
-    model: Any = loaded.model
-    if isinstance(model, PeftModel):
-        if recipe.lora is not None:
-            raise ConfigError("the model is an adapter already and training goes on with it; leave lora out")
-        if recipe.train_layers is not None:
-            raise ConfigError("the model is an adapter, and training goes on with it alone; leave train_layers out")
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(f".{model.active_adapter}." in name)
-        if "reference" not in model.peft_config:
-            add_reference_adapter(model)
-    elif recipe.lora is not None:
-        model = add_lora(model, recipe.lora, seed=recipe.seed)
-    else:
-        model.requires_grad_(True)
-        if next(model.parameters()).dtype != torch.float32:
-            logger.warning(
-                "weights are trained in %s: small updates are lost to rounding; set model.dtype to float32",
-                model.dtype,
-            )
-    head = None
-    if recipe.algorithm.needs_value_head:
-        # Not hidden_size: some families (OPT) project their hidden states before the vocabulary.
-        width = loaded.model.get_output_embeddings().weight.shape[1]
-        head = ValueHead(width).to(next(model.parameters()).device)
-    policy = Policy(model, value_head=head)  # first, as it refuses a family that cannot be used
-    if recipe.train_layers is not None:
-        train_last_layers(model, recipe.train_layers)
-    return replace(loaded, model=model), policy

@@ -25,3 +25,7 @@ class ModelError(TropismError):
 
 class NumericsError(TropismError):
     """A non-finite loss or gradient, or a failed pre-flight check; raised before the weights change."""
+
+
+class StorageError(TropismError):
+    """A file or folder that cannot be written, or that another run is using; nothing that was complete is lost."""

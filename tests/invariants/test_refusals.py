@@ -25,7 +25,7 @@ from tiny_runs import (
 from tropism.build import Assembly
 from tropism.errors import NumericsError
 from tropism.rewards import RewardConfig
-from tropism.training.checkpoint import optimizer_state
+from tropism.training.state import optimizer_state
 from tropism.types import Batch, RewardBatch, Rollouts
 
 ON_POLICY_SETTINGS = [s for s in SETTINGS if s.algorithm.on_policy]

@@ -24,10 +24,11 @@ from tiny_runs import (
 )
 from tropism.build import Assembly
 from tropism.rewards import RewardConfig
-from tropism.training.checkpoint import list_checkpoints, optimizer_state, read_checkpoint
+from tropism.training.checkpoint import list_checkpoints, read_checkpoint
 from tropism.training.config import CheckpointConfig
 from tropism.training.interrupt import Interrupted
 from tropism.training.sources import Collected
+from tropism.training.state import optimizer_state
 
 UPDATES = {"sft": 4, "ppo": 8, "grpo": 8, "rloo": 8}
 """SFT: one per step; the others: two steps of two epochs of two minibatches."""

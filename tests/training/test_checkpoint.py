@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from tropism.errors import ModelError
 from tropism.training.checkpoint import (
@@ -13,13 +12,9 @@ from tropism.training.checkpoint import (
     checkpoint_name,
     find_problem,
     list_checkpoints,
-    load_optimizer_state,
-    load_trainable_state,
     newest_complete,
-    optimizer_state,
     prune,
     read_checkpoint,
-    trainable_state,
     write_checkpoint,
 )
 
@@ -121,47 +116,6 @@ def test_pruning_keeps_the_newest_and_what_it_did_not_write(tmp_path: Path) -> N
     assert left == {paths[1].name, paths[2].name, paths[3].name, "notes.txt", "other"}
     prune(tmp_path, keep=5)
     assert {path.name for path in tmp_path.iterdir()} == left
-
-
-def model_and_optimizer() -> tuple[nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    model[0].bias.requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return model, torch.optim.AdamW(trained, lr=0.1)
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    model(torch.arange(6.0).view(2, 3)).square().sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def test_a_restored_optimizer_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    model, optimizer = model_and_optimizer()
-    assert optimizer_state(model, optimizer) == {}
-    for _ in range(3):
-        step(model, optimizer)
-    saved = Checkpoint(
-        state={}, tensors={"policy": trainable_state(model), "optimizer": optimizer_state(model, optimizer)}
-    )
-    write_checkpoint(tmp_path / "x", saved)
-    step(model, optimizer)
-    read = read_checkpoint(tmp_path / "x")
-    other, fresh = model_and_optimizer()
-    load_trainable_state(other, read.tensors["policy"])
-    load_optimizer_state(other, fresh, read.tensors["optimizer"])
-    step(other, fresh)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, other.state_dict()[name]), name
-
-
-def test_weights_of_another_model_are_refused() -> None:
-    model, _ = model_and_optimizer()
-    tensors = trainable_state(model)
-    assert set(tensors) == {"0.weight", "1.weight", "1.bias"}
-    with pytest.raises(ModelError, match=r"1\.bias"):
-        load_trainable_state(model, {name: value for name, value in tensors.items() if name != "1.bias"})
 
 
 def test_state_is_json_and_floats_survive(tmp_path: Path) -> None:

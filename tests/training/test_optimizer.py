@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from tropism.training.checkpoint import load_optimizer_state, load_trainable_state, optimizer_state, trainable_state
 from tropism.training.config import OptimizerConfig, TrainerConfig
 from tropism.training.optimizer import build_optimizer, can_fuse, default_learning_rate, rate_factor
+from tropism.training.state import load_optimizer_state, load_trainable_state, optimizer_state, trainable_state
 
 
 class Tiny(nn.Module):

@@ -161,9 +161,9 @@ def _base(recipe: Recipe, fields: Any) -> LoadedModel | None:
 def _score(
     loaded: LoadedModel, base: LoadedModel | None, recipe: Recipe, prompts: Sequence[Prompt], harness: RewardHarness
 ) -> Table:
-    from tropism.build import accelerator_for
     from tropism.evaluation.heldout import RewardEvaluation
     from tropism.models.policy import Policy
+    from tropism.recipe_processes import accelerator_for
     from tropism.rollouts.engine import EmbeddedSampler
     from tropism.rollouts.transcribe import Transcriber
     from tropism.training.processes import Processes

@@ -8,17 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tropism.training.checkpoint import (
-    Checkpoint,
-    checkpoint_name,
-    load_optimizer_state,
-    load_trainable_state,
-    optimizer_state,
-    prune,
-    read_checkpoint,
-    trainable_state,
-    write_checkpoint,
-)
+from tropism.training.checkpoint import Checkpoint, checkpoint_name, prune, read_checkpoint, write_checkpoint
 from tropism.training.config import TrainerConfig
 from tropism.training.interrupt import Interrupted, Interrupts
 from tropism.training.monitor import Monitor
@@ -27,6 +17,7 @@ from tropism.training.profiling import Profile
 from tropism.training.progress import ProgressDisplay, Quiet, show_progress
 from tropism.training.run_folder import RunFolder
 from tropism.training.sources import Collected
+from tropism.training.state import load_optimizer_state, load_trainable_state, optimizer_state, trainable_state
 from tropism.training.stopwatch import StepClock
 from tropism.training.trainer import Trainer
 from tropism.types import Metrics

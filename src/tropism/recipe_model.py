@@ -1,0 +1,53 @@
+"""From what a recipe says of the model to a policy: adapter, value head, and what of it is trained."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from tropism.config import Recipe
+from tropism.errors import ConfigError
+from tropism.models.freezing import train_last_layers
+from tropism.models.heads import ValueHead
+from tropism.models.loading import LoadedModel, load_model
+from tropism.models.lora import add_lora, add_reference_adapter
+from tropism.models.policy import Policy
+
+logger = logging.getLogger("tropism")
+
+
+def policy_of(recipe: Recipe) -> tuple[LoadedModel, Policy]:
+    """The model with its adapter and value head; exactly what is trained has gradients."""
+    loaded = load_model(recipe.model)
+    model: Any = loaded.model
+    if isinstance(model, PeftModel):
+        if recipe.lora is not None:
+            raise ConfigError("the model is an adapter already and training goes on with it; leave lora out")
+        if recipe.train_layers is not None:
+            raise ConfigError("the model is an adapter, and training goes on with it alone; leave train_layers out")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(f".{model.active_adapter}." in name)
+        if "reference" not in model.peft_config:
+            add_reference_adapter(model)
+    elif recipe.lora is not None:
+        model = add_lora(model, recipe.lora, seed=recipe.seed)
+    else:
+        model.requires_grad_(True)
+        if next(model.parameters()).dtype != torch.float32:
+            logger.warning(
+                "weights are trained in %s: small updates are lost to rounding; set model.dtype to float32",
+                model.dtype,
+            )
+    head = None
+    if recipe.algorithm.needs_value_head:
+        # Not hidden_size: some families (OPT) project their hidden states before the vocabulary.
+        width = loaded.model.get_output_embeddings().weight.shape[1]
+        head = ValueHead(width).to(next(model.parameters()).device)
+    policy = Policy(model, value_head=head)  # first, as it refuses a family that cannot be used
+    if recipe.train_layers is not None:
+        train_last_layers(model, recipe.train_layers)
+    return replace(loaded, model=model), policy
