@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import gguf
@@ -125,7 +127,7 @@ def test_an_adapter_on_a_gguf_file_finds_its_base_again(
         (struct.pack("<4sIQQ", b"GGUF", 3, 2**60, 1), "is damaged"),
         (struct.pack("<4sIQQ", b"GGUF", 3, 0, 2**60), "is damaged"),
         (struct.pack("<4sIQQ", b"GGUF", 3, 1, 1) + bytes(100), "cannot be loaded"),
-        (struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q", 2**62) + bytes(100), "cannot be loaded"),
+        (struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q", 2**62) + bytes(100), "is damaged"),
     ],
 )
 def test_damaged_gguf_files_name_the_file(content: bytes, message: str, tmp_path: Path) -> None:
@@ -183,3 +185,117 @@ def test_the_real_demo_model_loads_saves_and_writes_english(tmp_path: Path) -> N
         torch.testing.assert_close(again.model(input_ids=prompt).logits, expected, atol=1e-5, rtol=0)
     text = "A café, naïve — 三 tokens\n"
     assert again.tokenizer(text).input_ids == loaded.tokenizer(text).input_ids
+
+
+# Hostile files.
+
+
+def entry(key: str, kind: int, value: bytes) -> bytes:
+    """One key of a header."""
+    return struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
+
+
+def tensor(name: str, shape: list[int], *, kind: int = 0, offset: int = 0) -> bytes:
+    """One line of the table of tensors."""
+    head = struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", len(shape))
+    return head + struct.pack(f"<{len(shape)}Q", *shape) + struct.pack("<IQ", kind, offset)
+
+
+def header(entries: list[bytes], tensors: list[bytes], rest: bytes = bytes(4096)) -> bytes:
+    return struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(entries)) + b"".join(entries + tensors) + rest
+
+
+LAMA = entry("general.architecture", 8, struct.pack("<Q", 5) + b"llama")
+NESTED = struct.pack("<IQ", 9, 1) * 100_000 + struct.pack("<IQ", 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (header([LAMA, LAMA], []), "'general.architecture' occurs twice"),
+        (header([entry("a", 8, struct.pack("<Q", 2**63))], []), "claims 9223372036854775808 bytes"),
+        (header([entry("a" * 70_000, 4, bytes(4))], []), "a key claims 70000 bytes"),
+        (header([entry("a", 99, bytes(4))], []), "'a' is of the unknown type 99"),
+        (header([entry("a", 9, struct.pack("<IQ", 4, 2**62))], []), "in the middle of its header"),
+        (header([entry("a", 9, struct.pack("<IQ", 8, 2**62))], []), "claims 4611686018427387904 texts"),
+        (header([entry("a", 9, struct.pack("<IQ", 8, 3))], [], bytes(9)), "claims 3 texts"),
+        (header([entry("a", 9, NESTED)], []), "'a' is of the unknown type 9"),
+        (header([entry("a", 8, struct.pack("<Q", 2) + b"\xff\xfe")], []), "can't decode"),
+        (header([entry("llama.block_count", 4, struct.pack("<I", 10**9))], []), "block_count is 1000000000"),
+        (header([entry("general.alignment", 4, struct.pack("<I", 0))], []), "alignment is 0"),
+        (header([entry("general.alignment", 4, struct.pack("<I", 48))], []), "alignment is 48"),
+        (header([entry("general.alignment", 8, struct.pack("<Q", 1) + b"8")], []), "alignment is '8'"),
+        (header([LAMA], [tensor("t", [1] * 9)]), "'t' has 9 dimensions"),
+        (header([LAMA], [tensor("t", [2**40, 2**40])]), "'t' lies beyond the end"),
+        (header([LAMA], [tensor("t", [8], offset=2**62)]), "'t' lies beyond the end"),
+        (header([LAMA], [tensor("t", [8], offset=3)]), "begins at 3, which is no multiple of 32"),
+        (header([LAMA], [tensor("t", [8], kind=999)]), "'t' is of the unknown type 999"),
+        (header([LAMA], [tensor("t", [33], kind=8)]), "rows of 33, which is no multiple of 32"),
+        (header([LAMA], [tensor("t", [8]), tensor("t", [8], offset=32)]), "the tensor 't' occurs twice"),
+        (header([LAMA], [tensor("t", [8]), tensor("u", [8])]), "'t' and 'u' overlap"),
+        (header([LAMA], [tensor("n" * 2000, [8])]), "a tensor name claims 2000 bytes"),
+    ],
+)
+def test_hostile_headers_are_refused_before_they_are_followed(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(content)
+    with pytest.raises(ModelError, match=rf"bad\.gguf is damaged: .*{re.escape(message)}"):
+        load_model(str(tmp_path / "bad.gguf"))
+
+
+def test_sizes_in_a_header_must_fit_its_weights(tmp_path: Path) -> None:
+    """A vocabulary, width or depth that the weights do not have would take memory without end."""
+    write_gguf(tmp_path / "tiny.gguf")
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    for key, value in (("embedding_length", 10**9), ("feed_forward_length", 2**31)):
+        place = content.index(f"llama.{key}".encode()) + len(f"llama.{key}") + 4
+        (tmp_path / "bad.gguf").write_bytes(content[:place] + struct.pack("<I", value) + content[place + 4 :])
+        with pytest.raises(ModelError, match=r"bad\.gguf describes a model of [\d,]+ weights"):
+            load_model(str(tmp_path / "bad.gguf"))
+
+
+def test_what_lies_beside_a_gguf_file_is_never_read(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    for name in ("config.json", "tokenizer_config.json", "adapter_config.json", "tokenizer.json"):
+        (tmp_path / name).write_text(
+            '{"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}, "base_model_name_or_path": "x"}'
+        )
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    loaded = load_model(str(tmp_path / "tiny.gguf"))
+    assert loaded.tokenizer.name_or_path == str(tmp_path / "tiny.gguf")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_mutated_files_load_or_are_refused(tmp_path: Path) -> None:
+    """Bytes and whole numbers changed, blocks cut out or doubled: an error that names the file, or a model."""
+    write_gguf(tmp_path / "tiny.gguf")
+    whole = (tmp_path / "tiny.gguf").read_bytes()
+    start = whole.index(b"token_embd")
+    random = Random(0)
+    outcomes = {"loaded": 0, "refused": 0}
+    for _ in range(300):
+        (tmp_path / "bad.gguf").write_bytes(mutated(bytearray(whole), start + 2000, random))
+        try:
+            load_model(str(tmp_path / "bad.gguf"))
+            outcomes["loaded"] += 1
+        except ModelError as error:
+            assert "bad.gguf" in str(error) or "tokens" in str(error)  # noqa: PT017 - either outcome is right
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 20
+
+
+def mutated(content: bytearray, most: int, random: Random) -> bytes:
+    place = random.randrange(8, most)
+    match random.randrange(5):
+        case 0:
+            content[place] = random.randrange(256)
+        case 1:
+            content[place] ^= 1 << random.randrange(8)
+        case 2:
+            size = random.choice([4, 8])
+            value = random.choice([0, 1, 2**31, 2 ** (8 * size) - 1, random.randrange(2**32)])
+            content[place : place + size] = value.to_bytes(size, "little")
+        case 3:
+            del content[place : place + random.choice([1, 8, 100])]
+        case 4:
+            content[place:place] = content[place : place + random.choice([1, 8, 100])]
+    return bytes(content)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tiny_models import FAMILIES, VOCABULARY, tiny_model, tiny_tokenizer
-from tropism.errors import ModelError
+from tropism.errors import ModelError, StorageError
 from tropism.models.loading import load_model
 from tropism.models.lora import LoRA, add_lora
 from tropism.models.saving import replacing, save_adapter, save_plain, verify_plain
@@ -142,7 +142,7 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path: Path) -> None:
             (folder / "new").touch()
             raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError, match="disk full"):
         write_half()
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "old"]
 

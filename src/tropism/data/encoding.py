@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tropism.errors import DataError
+from tropism.foreign.templates import render_chat_template
 from tropism.types import Messages
 
 if TYPE_CHECKING:
@@ -45,31 +46,20 @@ def encode_chat(
     Raises:
         DataError: no chat template, or it refuses these messages.
     """
-    encoded = _apply_template(tokenizer, messages, where, add_generation_prompt, tokenize=True)
-    return list(encoded["input_ids"])
+    text = render_chat(tokenizer, messages, where=where, add_generation_prompt=add_generation_prompt)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def render_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, *, where: str, add_generation_prompt: bool
 ) -> str:
     """The text that ``encode_chat`` encodes."""
-    return str(_apply_template(tokenizer, messages, where, add_generation_prompt, tokenize=False))
-
-
-def _apply_template(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, where: str, add_generation_prompt: bool, *, tokenize: bool
-) -> Any:
-    import jinja2
-
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             f"{where}: chat messages, but the model's tokenizer has no chat template; use an instruction-tuned model,"
             " or give the prompts as plain text (see template and prompt_column)"
         )
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=tokenize)
-    except (jinja2.TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{where}: the chat template refuses these messages ({error})") from error
+    return render_chat_template(tokenizer, messages, where=where, add_generation_prompt=add_generation_prompt)
 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:

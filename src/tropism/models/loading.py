@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,8 +29,11 @@ from transformers import (
 )
 
 from tropism.errors import ModelError
+from tropism.foreign.gguf_header import read_gguf_header
+from tropism.foreign.pretrained import check_size, load_pretrained, load_tokenizer, reported, set_name
+from tropism.foreign.view import ADAPTER_CONFIG, CONFIG, adapter_view, file_view, model_view
 from tropism.models.demo_model import demo_model_path
-from tropism.models.model_files import check_file_names, check_gguf_header, safe_config
+from tropism.models.lora import load_adapter, saved_adapter
 from tropism.models.modules import base_model, disable_dropout, with_weights, zero_dropout
 
 logger = logging.getLogger(__name__)
@@ -126,20 +129,30 @@ def special_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToke
     """Special tokens as tokenizer and generation config declare them; the embeddings are never resized for them.
 
     Raises:
-        ModelError: the tokenizer knows ids that the model has no embedding for.
+        ModelError: the tokenizer or the generation config knows ids that the model has no embedding for.
     """
     embeddings: Any = base_model(model).get_input_embeddings()
     rows = embeddings.weight.shape[0]
-    if len(tokenizer) > rows:
+    # Where ids have gaps, the highest says more than their number.
+    ids_of_tokenizer = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+    if ids_of_tokenizer > rows:
         raise ModelError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model has embeddings for {rows} only; "
+            f"the tokenizer has {ids_of_tokenizer} tokens but the model has embeddings for {rows} only; "
             "use the tokenizer that the model was trained with, or resize the model's embeddings and train them first"
         )
     eos: list[int] = []
     generation = getattr(base_model(model), "generation_config", None)
     for declared in (tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)):
         ids = declared if isinstance(declared, list | tuple) else [declared]
-        eos.extend(int(i) for i in ids if i is not None and int(i) not in eos)
+        if not all(i is None or isinstance(i, int) for i in ids):
+            raise ModelError(f"the model's eos_token_id is {declared!r:.80}, and not a whole number or a list of them")
+        # Some configurations write -1 for none.
+        eos.extend(int(i) for i in ids if i is not None and int(i) >= 0 and int(i) not in eos)
+    if max(eos, default=0) >= rows:
+        raise ModelError(
+            f"the model's generation config names the eos token {max(eos)}, but there are embeddings for {rows} tokens "
+            "only; correct eos_token_id in generation_config.json"
+        )
     if not eos:
         logger.warning("the model declares no eos token: completions end by their length limit or a stop string only")
     pad = tokenizer.pad_token_id
@@ -168,12 +181,12 @@ def _load(config: ModelConfig) -> tuple[PreTrainedModel | PeftModel, PreTrainedT
     model: PreTrainedModel | PeftModel
     if config.name == DEMO:
         model, tokenizer = _load_gguf(demo_model_path(), config, dtype)
-        _set_name(model, DEMO)
+        set_name(model, DEMO)
     elif path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"there is no file {path}{_closest(path)}")
         model, tokenizer = _load_gguf(path, config, dtype)
-    elif path.is_dir() and (path / "adapter_config.json").is_file():
+    elif path.is_dir() and (path / ADAPTER_CONFIG).exists():
         return _load_adapter(path, config)
     else:
         model, tokenizer = _load_pretrained(_folder_or_hub_id(config.name, path), config, dtype)
@@ -186,7 +199,7 @@ def _load(config: ModelConfig) -> tuple[PreTrainedModel | PeftModel, PreTrainedT
 
 def _folder_or_hub_id(name: str, path: Path) -> str:
     if path.is_dir():
-        if (path / "config.json").is_file():
+        if (path / CONFIG).exists():
             return str(path.resolve())
         inside = path / "model"
         found = sorted(path.glob("*.gguf"))
@@ -206,36 +219,38 @@ def _folder_or_hub_id(name: str, path: Path) -> str:
 def _load_pretrained(
     source: str, config: ModelConfig, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    try:
-        if config.trust_remote_code:
-            details = AutoConfig.from_pretrained(source, **where)
-        else:
-            details = safe_config(source, revision=config.revision)
+    def prepare(details: PreTrainedConfig) -> None:
         _check_causal(details, source)
-        check_file_names(source, revision=config.revision)
-        tokenizer = AutoTokenizer.from_pretrained(source, config=details, **where)
         zero_dropout(details)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=details,
-            dtype=dtype,
-            output_loading_info=True,
-            **where,
-            **_attention(config),
+
+    load = _load_trusted if config.trust_remote_code else load_pretrained
+    try:
+        model, tokenizer, missing = load(
+            source, AutoModelForCausalLM, revision=config.revision, prepare=prepare, dtype=dtype, **_attention(config)
         )
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(_load_failure(source, error)) from error
-    model, info = loaded
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:5])
+    if missing:
         raise ModelError(
-            f"{source} does not hold all weights of a {type(model).__name__}: {missing} would be random; "
-            "give a folder that was saved from a causal language model"
+            f"{source} does not hold all weights of a {type(model).__name__}: {', '.join(missing[:5])} would be "
+            "random; give a folder that was saved from a causal language model"
         )
     return model, tokenizer
+
+
+def _load_trusted(
+    source: str, kind: Any, *, revision: str | None, prepare: Callable[[PreTrainedConfig], None], **options: Any
+) -> tuple[Any, PreTrainedTokenizerBase, list[str]]:
+    """As ``load_pretrained`` does, but with whatever code the folder asks for; its files must be sound all the same."""
+    where = {"revision": revision, "trust_remote_code": True}
+    with model_view(source, revision=revision, settings=False) as view, reported(f"the model {source}", **view.names):
+        details = AutoConfig.from_pretrained(source, **where)
+        prepare(details)
+        tokenizer = AutoTokenizer.from_pretrained(source, config=details, **where)
+        model, info = kind.from_pretrained(source, config=details, output_loading_info=True, **where, **options)
+    return model, tokenizer, sorted(info["missing_keys"])
 
 
 def _check_causal(details: PreTrainedConfig, source: str) -> None:
@@ -250,8 +265,6 @@ def _load_failure(source: str, error: Exception) -> str:
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     if Path(source).is_dir():
         return f"the model folder {source} cannot be loaded: {reason}"
-    if "trust_remote_code" in reason:
-        return f"{source} needs code from its authors to load ({reason}); pass trust_remote_code=True if you trust it"
     return (
         f"{source} is no local folder, and loading it from the hub failed: {reason}\n"
         "With network access, check the id (and unset HF_HUB_OFFLINE; `hf auth login` for a private model). "
@@ -266,23 +279,28 @@ def _load_gguf(path: Path, config: ModelConfig, dtype: torch.dtype) -> tuple[Pre
     except ImportError:
         raise ModelError('reading GGUF files needs the package gguf; pip install "tropism[gguf]"') from None
     path = path.resolve()
-    check_gguf_header(path)
-    options: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+    header = read_gguf_header(path)
     # Recent releases keep the weights packed on devices that have a kernel for that, which cannot be trained.
     quantization = getattr(transformers, "GgufConfig", None)
     packed = {} if quantization is None else {"quantization_config": quantization(dequantize=True)}
-    try:
-        with _parsed_once(gguf):
-            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
-            model = AutoModelForCausalLM.from_pretrained(
-                str(path.parent), dtype=dtype, **options, **packed, **_attention(config)
-            )
-    except (Exception, RecursionError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ModelError(f"the GGUF file {path} cannot be loaded: {reason}") from error
-    zero_dropout(model.config)
-    plain = with_weights(model, model.state_dict())
-    _set_name(plain, str(path))
+    # What lies beside the file is none of its business: transformers would read configurations and adapters there.
+    with (
+        file_view(path) as link,
+        reported(f"the GGUF file {path}", temporary=link.parent, real=path.parent),
+        _parsed_once(gguf),
+    ):
+        folder = str(link.parent)
+        options: dict[str, Any] = {"gguf_file": link.name, "trust_remote_code": False}
+        details = AutoConfig.from_pretrained(folder, **options)
+        check_size(AutoModelForCausalLM, details, header.weights, str(path))
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=details, dtype=dtype, **options, **packed, **_attention(config)
+        )
+        zero_dropout(model.config)
+        plain = with_weights(model, model.state_dict())
+    set_name(plain, str(path))
+    tokenizer.name_or_path = str(path)
     return plain, tokenizer
 
 
@@ -297,37 +315,22 @@ def _parsed_once(gguf: Any) -> Iterator[None]:
         gguf.GGUFReader = reader
 
 
-def _set_name(model: PreTrainedModel, name: str) -> None:
-    """Where the model came from, which an adapter that is saved later names as its base."""
-    model.name_or_path = name
-    model.config.name_or_path = name
-
-
 def _load_adapter(folder: Path, config: ModelConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """A LoRA adapter on its base model; the adapter is trainable, and training goes on from it."""
-    try:
-        adapter = PeftConfig.from_pretrained(str(folder))
-    except Exception as error:
-        raise ModelError(f"{folder / 'adapter_config.json'} cannot be read: {error}") from error
-    if not isinstance(adapter, LoraConfig) or adapter.modules_to_save:
-        raise ModelError(
-            f"{folder} holds more than a LoRA adapter; merge it into its base with PEFT's merge_and_unload() and give "
-            "the merged folder"
-        )
-    if not adapter.base_model_name_or_path:
-        raise ModelError(f"{folder / 'adapter_config.json'} does not name base_model_name_or_path; add it")
-    base, tokenizer = _load(replace(config, name=adapter.base_model_name_or_path))
-    if isinstance(base, PeftModel):
-        raise ModelError(f"the base model of the adapter {folder} is an adapter itself; merge that one first")
-    try:
-        model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-        if (folder / "tokenizer_config.json").is_file():
-            check_file_names(str(folder), revision=None)
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(f"the adapter {folder} does not load on {adapter.base_model_name_or_path}: {error}") from error
+    """A LoRA adapter on its base model; the adapter is trainable, and training goes on from it.
+
+    The base is whatever the adapter names: a hub id, or a folder or file, which is loaded with the checks of any model.
+    """
+    folder = folder.resolve()
+    with adapter_view(folder) as view:
+        adapter = saved_adapter(view)
+        base, tokenizer = _load(replace(config, name=str(adapter.base_model_name_or_path)))
+        if isinstance(base, PeftModel):
+            raise ModelError(f"the base model of the adapter {folder} is an adapter itself; merge that one first")
+        with reported(f"the adapter {folder} on {adapter.base_model_name_or_path}", **view.names):
+            model = load_adapter(base, adapter, view)
+    if (folder / "tokenizer_config.json").exists():
+        with model_view(str(folder), revision=None, weights=False) as view:
+            tokenizer = load_tokenizer(view, base.config, str(folder))
     return model, tokenizer
 
 

@@ -3,19 +3,53 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tropism.errors import ModelError
+from tropism.foreign.view import ADAPTER_CONFIG, ModelView
 
 REFERENCE_ADAPTER = "reference"
 """Name of the frozen copy that ``add_reference_adapter`` makes."""
+
+_READ = ("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
+_NEEDLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+}
+"""Of adapter_config.json: how the adapter began, and what its weights say better. None of it is needed to go on."""
+_MOST_UNHELD = 1024
+"""The rank up to which memory is taken whatever the weight files hold."""
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""``init_lora_weights`` that leave the base model as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +109,74 @@ def add_lora(model: PreTrainedModel | PeftModel, lora: LoRA, *, seed: int) -> Pe
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     return adapted.eval()
+
+
+def saved_adapter(view: ModelView) -> LoraConfig:
+    """The LoRA adapter that a folder holds, with the layers that its weights name.
+
+    Only numbers and switches are taken from adapter_config.json. On the word of other keys PEFT would import modules,
+    and search names by patterns that take forever.
+
+    Raises:
+        ModelError: it is no LoRA adapter, or more than one; names the key.
+    """
+    file, settings = view.folder / ADAPTER_CONFIG, view.config
+    base = settings.get("base_model_name_or_path")
+    more = [key for key, value in settings.items() if value and key not in (*_READ, *_NEEDLESS)]
+    more = [key for key in more if not (key == "bias" and settings[key] == "none")]
+    if settings.get("init_lora_weights") not in _PLAIN_STARTS:
+        more.append("init_lora_weights")
+    if settings.get("peft_type") != "LORA" or more:
+        raise ModelError(
+            f"{view.folder} holds more than a LoRA adapter ({', '.join(more[:5]) or 'its peft_type'}); merge it into "
+            "its base with PEFT's merge_and_unload() and give the merged folder"
+        )
+    if not base or not isinstance(base, str):
+        raise ModelError(f"{file} does not name base_model_name_or_path; add it")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for name in settings.get(key) or ():
+            if not re.fullmatch(r"[\w.]+", name):
+                raise ModelError(f"{file}: {key} has the pattern {name!r:.80}; write the layer's name instead")
+    try:
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base,
+            lora_dropout=0.0,
+            **{key: settings[key] for key in _READ if settings.get(key) is not None},
+        )
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{file} is no LoRA configuration: {error}") from error
+
+
+def load_adapter(base: PreTrainedModel, adapter: LoraConfig, view: ModelView) -> PeftModel:
+    """``base`` with the adapter's weights on it, trainable.
+
+    Raises:
+        ModelError: the weights are no LoRA weights, or do not fit.
+    """
+    file = view.folder / view.weight_files[0]
+    weights: dict[str, Any] = load_peft_weights(str(view.path), device="cpu")
+    pattern = re.compile(r"base_model\.model\.(.+)\.lora_(embedding_)?A(\.weight)?")
+    ranks = {match[1]: value.shape[0] for key, value in weights.items() if (match := pattern.fullmatch(key))}
+    if not ranks:
+        raise ModelError(f"{file} holds no LoRA weights")
+    rank = max(adapter.r, *(adapter.rank_pattern or {"": 0}).values())
+    if rank > max(_MOST_UNHELD, *ranks.values()):
+        raise ModelError(f"{view.folder / ADAPTER_CONFIG} asks for the rank {rank}, which {file.name} does not have")
+    adapter = copy.deepcopy(adapter)
+    adapter.target_modules = sorted(ranks)
+    # PEFT draws first weights before they are replaced; the global random state stays where it is.
+    with torch.random.fork_rng(devices=[]):
+        model = get_peft_model(base, adapter)
+    assert isinstance(model, PeftModel)
+    result: Any = set_peft_model_state_dict(model, weights)
+    missing = [key for key in result.missing_keys if ".lora_" in key]
+    if missing or result.unexpected_keys:
+        raise ModelError(
+            f"{file} does not fit the adapter: "
+            f"{', '.join([*missing, *result.unexpected_keys][:3])} is missing on one side"
+        )
+    return model.eval()
 
 
 def add_reference_adapter(model: PeftModel) -> None:

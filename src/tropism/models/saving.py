@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tropism.errors import ModelError
 from tropism.models.modules import base_model, with_weights
+from tropism.storage import flush, writing
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def save_plain(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
             "a quantised model cannot be written as a plain folder; "
             "save the adapter, and load it on the model in bfloat16"
         )
-    weights = merged_weights(model) if isinstance(model, PeftModel) else base.state_dict()
+    weights = merged_weights(model) if isinstance(model, PeftModel) else tensors_of(base)
     plain = with_weights(base, weights)
     plain.generation_config = _valid_generation_config(plain.generation_config)
     with replacing(Path(folder)) as temporary:
@@ -58,6 +59,16 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
             saved.rmdir()
 
 
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of ``module.state_dict()``, which would scatter sharded weights that have been made whole."""
+    tensors: dict[str, Tensor] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        buffers = {n: b for n, b in part.named_buffers(recurse=False) if n not in part._non_persistent_buffers_set}
+        own = {**dict(part.named_parameters(recurse=False)), **buffers}
+        tensors |= {f"{path}.{name}" if path else name: tensor.detach() for name, tensor in own.items()}
+    return tensors
+
+
 @torch.no_grad()
 def merged_weights(model: PeftModel) -> dict[str, Tensor]:
     """State dict of the base model with the active adapter merged in.
@@ -68,15 +79,13 @@ def merged_weights(model: PeftModel) -> dict[str, Tensor]:
     base = base_model(model)
     adapted = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
     weights = {
-        key: value
-        for key, value in base.state_dict().items()
-        if not any(key.startswith(f"{name}.") for name in adapted)
+        key: value for key, value in tensors_of(base).items() if not any(key.startswith(f"{name}.") for name in adapted)
     }
     for name, layer in adapted.items():
-        dtypes = {key: value.dtype for key, value in layer.get_base_layer().state_dict().items()}
+        dtypes = {key: value.dtype for key, value in tensors_of(layer.get_base_layer()).items()}
         merged = copy.deepcopy(layer).cpu().float()  # type: ignore[attr-defined]
         merged.merge(safe_merge=True, adapter_names=[model.active_adapter])
-        for key, value in merged.get_base_layer().state_dict().items():
+        for key, value in tensors_of(merged.get_base_layer()).items():
             weights[f"{name}.{key}"] = value.to(dtypes[key])
     return weights
 
@@ -108,22 +117,35 @@ def verify_plain(model: PreTrainedModel | PeftModel, folder: str | Path, ids: Te
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A new sibling folder to write into, renamed to ``folder`` at the end; after an error nothing has changed."""
+    """A new sibling folder to write into, renamed to ``folder`` at the end; after an error nothing has changed.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists() and not folder.is_dir():
         raise ModelError(f"{folder} is a file; give the name of a folder to write the model to")
     token = secrets.token_hex(4)
     temporary, old = (folder.with_name(f".{folder.name}.{token}.{kind}") for kind in ("new", "old"))
-    temporary.mkdir()
-    try:
-        yield temporary
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for path in [*temporary.rglob("*"), temporary]:
+                flush(path)
+            if folder.exists():
+                folder.rename(old)
+            try:
+                temporary.rename(folder)
+            except BaseException:
+                if old.exists():
+                    old.rename(folder)
+                raise
+            flush(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _valid_generation_config(config: GenerationConfig) -> GenerationConfig:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from tropism.errors import ConfigError, ModelError, RewardError
+from tropism.foreign.templates import render_chat_template
 from tropism.rewards.config import closest
+from tropism.rewards.raw import RowError
 from tropism.rewards.texts import plain_text
 
 Output = Literal["probability", "logit", "log_odds"]
@@ -44,7 +46,9 @@ def classifier(
         ConfigError: a value out of range, an unknown label (names the closest), an output the head does not have.
         ModelError: the classifier cannot be loaded.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
+
+    from tropism.foreign.pretrained import load_pretrained
 
     for name, value, choices in (("output", output, (*get_args(Output), None)), ("text", text, get_args(ReadText))):
         if value not in choices:
@@ -52,17 +56,13 @@ def classifier(
     if batch_size < 1:
         raise ConfigError(f"batch_size: expected at least 1, not {batch_size}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        network, loading = AutoModelForSequenceClassification.from_pretrained(
-            model, trust_remote_code=False, output_loading_info=True
-        )
-    except Exception as error:  # OSError, ValueError, and whatever a broken folder makes of it
+        network, tokenizer, missing = load_pretrained(str(model), AutoModelForSequenceClassification)
+    except Exception as error:  # ModelError, or whatever a failed download raises
         raise ModelError(
             f"cannot load the classifier {model!r}: {error}. Give a folder, or an id that this machine can download."
         ) from error
-    if loading["missing_keys"]:  # transformers would fill a missing head with random numbers
-        missing = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise ModelError(f"{model!r} is no sequence classifier: it has no weights for {missing}")
+    if missing:  # transformers would fill a missing head with random numbers
+        raise ModelError(f"{model!r} is no sequence classifier: it has no weights for {', '.join(missing[:3])}")
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return ClassifierReward(
         network.to(device or best),
@@ -127,16 +127,17 @@ class ClassifierReward:
         if len(ids) > room:
             kept = self._encode(tail)
             if len(kept) > room and not self.cut_completion:
-                raise RewardError(
-                    f"the completion of row {row} has {len(kept)} tokens and the classifier takes {room}; lower "
-                    "max_new_tokens, or set cut_completion to drop its end"
+                raise RowError(
+                    f"the completion has {len(kept)} tokens and the classifier takes {room}; lower max_new_tokens, or "
+                    "set cut_completion to drop its end",
+                    row,
                 )
             opening = self._encode(head)
             ids = opening[max(len(opening) + len(kept) - room, 0) :] + kept[:room]
         ids = [*before, *ids, *after]
         if not ids:  # an empty text for a tokenizer that adds nothing
             if self.tokenizer.eos_token_id is None:
-                raise RewardError(f"row {row} is empty and the classifier's tokenizer has no special token for it")
+                raise RowError("it is empty, and the classifier's tokenizer has no special token for it", row)
             ids = [self.tokenizer.eos_token_id]
         return ids
 
@@ -148,13 +149,18 @@ class ClassifierReward:
             return prompt, plain_text(completion), False
         if not self.tokenizer.chat_template:
             return plain_text(prompt) + "\n", plain_text(completion), False
-        template = self.tokenizer.apply_chat_template
-        whole = str(template([*prompt, *completion], tokenize=False))
+        whole = self._rendered([*prompt, *completion], opened=False)
         for opened in (True, False):
-            head = str(template(prompt, tokenize=False, add_generation_prompt=opened))
+            head = self._rendered(prompt, opened=opened)
             if whole.startswith(head):
                 return head, whole[len(head) :], True
         return "", whole, True
+
+    def _rendered(self, messages: list[Any], *, opened: bool) -> str:
+        """Messages by the classifier's chat template; ``opened`` ends them with the header of an answer."""
+        return render_chat_template(
+            self.tokenizer, messages, where="the classifier", add_generation_prompt=opened, error=RewardError
+        )
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
