@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +21,11 @@ from tropism.errors import ConfigError
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 """Text that is a finite decimal number."""
 
+MAX_BYTES = 2_000_000
+"""Largest YAML file that is read; a recipe has a few thousand bytes."""
+MAX_DEPTH = 64
+"""Deepest nesting of lists and mappings."""
+
 _INT = re.compile(r"[-+]?[0-9]+")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
@@ -27,11 +34,17 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
     """Safe YAML with the scalars of YAML 1.2: ``1e-5`` is a number; ``yes``, ``on``, ``1:30`` and dates are text."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
             raise _marked("aliases (*name) are not supported; write the value out", self.peek_event().start_mark)
-        return super().compose_node(parent, index)
+        if self.depth == MAX_DEPTH:
+            raise _marked(f"nested more than {MAX_DEPTH} levels deep", self.peek_event().start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
@@ -40,7 +53,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
             if not isinstance(key, str):
                 raise _marked(f"the key {key!r:.60} is not text; put it in quotes", key_node.start_mark)
             if key in mapping:
-                raise _marked(f"duplicate key {key!r}; keep one of the two", key_node.start_mark)
+                raise _marked(f"duplicate key {key!r:.60}; keep one of the two", key_node.start_mark)
             mapping[key] = self.construct_object(value_node, deep=True)
         return mapping
 
@@ -51,7 +64,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
         try:
             return int(self.construct_scalar(node))
         except ValueError as error:  # Python's limit on digits
-            raise _marked("a whole number with thousands of digits", node.start_mark) from error
+            raise _marked("a whole number with thousands of digits; put text in quotes", node.start_mark) from error
 
     def construct_number(self, node: Any) -> float:
         number = float("nan") if _NOT_FINITE.fullmatch(node.value) else float(node.value)
@@ -60,7 +73,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
         return number
 
     def refuse_tag(self, node: Any) -> Any:
-        raise _marked(f"the tag {node.tag!r} is not supported; write plain values", node.start_mark)
+        raise _marked(f"the tag {node.tag!r:.60} is not supported; write plain values", node.start_mark)
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc,unused-ignore]
@@ -129,14 +142,20 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file, read safely.
 
     Raises:
-        ConfigError: no such file, malformed YAML, a root that is no mapping, duplicate or non-text keys, tags, aliases,
-            NaN or infinity; names the file and, where there is one, the line.
+        ConfigError: no such file, no regular or a huge one, malformed YAML, a root that is no mapping, duplicate or
+            non-text keys, tags, aliases, NaN or infinity; names the file and, where there is one, the line.
     """
     path = Path(path)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        data = _read_bytes(path)
+        text = data.decode("utf-8-sig")
+    except ConfigError:
+        raise
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        mend = "save it as UTF-8"
+        if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+            mend = "it is UTF-16; save it as UTF-8"
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); {mend}") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{path}: cannot be read ({reason}){_nearest_name(path)}") from error
@@ -144,6 +163,19 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a mapping of settings (key: value), not {type(value).__name__}")
     return value
+
+
+def _read_bytes(path: Path) -> bytes:
+    """The bytes of a regular file: a device has no end, and a pipe may never have one."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise ConfigError(f"{path}: a device or pipe, not a regular file; save the recipe to a file first")
+    if status.st_size > MAX_BYTES:
+        raise ConfigError(
+            f"{path}: {status.st_size:,} bytes, and a recipe has at most {MAX_BYTES:,}; is it a data file? Name that in"
+            " data.path"
+        )
+    return path.read_bytes()
 
 
 def _nearest_name(path: Path) -> str:

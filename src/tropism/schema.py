@@ -20,11 +20,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tropism.errors import ConfigError
-from tropism.safe_yaml import FLOAT, is_plain_scalar, parse_yaml, read_yaml, write_yaml
+from tropism.safe_yaml import FLOAT, MAX_DEPTH, is_plain_scalar, parse_yaml, read_yaml, write_yaml
 
-__all__ = ["apply_overrides", "build", "dump_yaml", "field_docs", "read_yaml", "to_plain"]
+__all__ = ["apply_overrides", "build", "dump_yaml", "field_docs", "read_yaml", "refuse_absurd", "to_plain"]
 
 T = TypeVar("T")
+
+MOST = 2**63
+"""Whole numbers of this size and beyond are no settings: nothing that counts or is stored in 64 bits reaches it."""
+MOST_DOTS = 20
+"""Levels of a dotted key."""
 
 
 # ---- building dataclasses ------------------------------------------------------------------------------------------
@@ -64,7 +69,8 @@ def _required(f: Field[Any]) -> bool:
 
 
 def _unknown_key(key: object, known: Mapping[str, Any], path: str) -> str:
-    return f"{_join(path, str(key))}: unknown key{_closest(str(key), known)} (valid: {', '.join(known) or 'none'})"
+    name = key[:60] if isinstance(key, str) else _head(key)
+    return f"{_join(path, name)}: unknown key{_closest(name, known)} (valid: {', '.join(known) or 'none'})"
 
 
 def _closest(word: str, choices: Iterable[str]) -> str:
@@ -90,7 +96,10 @@ def _show(value: Any) -> str:
 def _head(value: Any) -> str:
     if isinstance(value, int) and value.bit_length() > 256:  # repr of a huge int is slow and may be refused by Python
         return "with more than 77 digits"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits inside, or hopeless nesting
+        return "that is too large to show"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -152,7 +161,10 @@ def _convert_container(value: Any, hint: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path}: expected a mapping, got {_show(value)}")
         key_hint, item_hint = arguments or (Any, Any)
-        return {_convert(k, key_hint, path): _convert(v, item_hint, _join(path, str(k))) for k, v in value.items()}
+        keys = [_convert(key, key_hint, path) for key in value]
+        places = [_join(path, key[:60] if isinstance(key, str) else _head(key)) for key in keys]
+        items = [_convert(item, item_hint, place) for item, place in zip(value.values(), places, strict=True)]
+        return dict(zip(keys, items, strict=True))
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence):
         raise ConfigError(f"{path}: expected a list, got {_show(value)}; write [a, b]")
     if origin is tuple and arguments and arguments[-1] is not Ellipsis:
@@ -160,8 +172,8 @@ def _convert_container(value: Any, hint: Any, path: str) -> Any:
             raise ConfigError(f"{path}: expected {len(arguments)} values, got {len(value)}")
         return tuple(_convert(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, arguments, strict=True)))
     item_hint = arguments[0] if arguments else Any
-    items = [_convert(item, item_hint, f"{path}[{index}]") for index, item in enumerate(value)]
-    return items if origin is list else tuple(items)
+    converted = [_convert(item, item_hint, f"{path}[{index}]") for index, item in enumerate(value)]
+    return converted if origin is list else tuple(converted)
 
 
 def _convert_scalar(value: Any, hint: type[Any], path: str) -> Any:
@@ -170,6 +182,8 @@ def _convert_scalar(value: Any, hint: type[Any], path: str) -> Any:
     if hint is float:
         return _convert_float(value, path)
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is int):
+        if hint is int:
+            _refuse_huge(value, path)
         return value
     if issubclass(hint, Enum):
         for member in hint:
@@ -196,6 +210,8 @@ def _convert_float(value: Any, path: str) -> float:
         raise ConfigError(f"{path}: a whole number {_head(number)} is too large") from error
     if math.isnan(number):
         raise ConfigError(f"{path}: NaN is not a setting; give a number")
+    if math.isinf(number):
+        raise ConfigError(f"{path}: infinity is not a setting; give a number, or null where null switches it off")
     return number
 
 
@@ -210,6 +226,32 @@ def _type_name(hint: Any) -> str:
         return " or ".join(map(repr, get_args(hint)))
     containers = {dict: "a mapping", Mapping: "a mapping", list: "a list", tuple: "a list", Sequence: "a list"}
     return containers.get(origin, "a function" if origin is Callable else getattr(origin, "__name__", str(origin)))
+
+
+def refuse_absurd(value: Any, path: str = "", depth: int = 0) -> None:
+    """Refuse what no setting can be and no file can hold, anywhere in plain data; objects of a program pass.
+
+    Raises:
+        ConfigError: NaN, infinity, a whole number of 2**63 or more, nesting of more than ``MAX_DEPTH`` levels; names
+            the dotted path.
+    """
+    if isinstance(value, float):
+        _convert_float(value, path)
+    elif isinstance(value, int):
+        _refuse_huge(value, path)
+    elif isinstance(value, Mapping | list | tuple):
+        if depth == MAX_DEPTH:
+            raise ConfigError(f"{path:.60}...: nested more than {MAX_DEPTH} levels deep")
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, item in items:
+            refuse_absurd(key, path, depth + 1)
+            name = key[:60] if isinstance(key, str) else _head(key)
+            refuse_absurd(item, _join(path, name) if isinstance(value, Mapping) else f"{path}[{name}]", depth + 1)
+
+
+def _refuse_huge(number: int, path: str) -> None:
+    if abs(number) >= MOST:
+        raise ConfigError(f"{path}: the whole number {_head(number)} is too large; settings stay below 2**63")
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------
@@ -265,7 +307,9 @@ def _parse_value(text: str, source: str) -> Any:
 def _set(mapping: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     if not all(parents) or not last:
-        raise ConfigError(f"--{dotted}: a dotted key has a name between its dots")
+        raise ConfigError(f"--{dotted:.60}: a dotted key has a name between its dots")
+    if len(parents) > MOST_DOTS:
+        raise ConfigError(f"--{dotted:.60}...: more than {MOST_DOTS} dots; no setting lies so deep")
     for depth, name in enumerate(parents):
         below = mapping.get(name)
         if below is None or isinstance(below, str):
@@ -305,7 +349,10 @@ def to_plain(value: Any) -> Any:
 
 def dump_yaml(value: Any) -> str:
     """The YAML text of a dataclass instance or plain mapping, which ``read_yaml`` reads back."""
-    return write_yaml(to_plain(value))
+    try:
+        return write_yaml(to_plain(value))
+    except RecursionError as error:
+        raise ConfigError("the settings are nested too deeply to be written as YAML") from error
 
 
 def field_docs(cls: type[Any]) -> dict[str, str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from tropism.data.config import DataConfig, template_parts
+from tropism.data.files import listed
 from tropism.data.readers import Record
 from tropism.errors import ConfigError, DataError
 from tropism.types import Messages
@@ -33,7 +35,7 @@ def choose_column(records: Sequence[Record], preferred: Sequence[str], *, but: s
         return names[0]
     raise DataError(
         f"{records[0].where}: none of the columns is called {' or '.join(preferred)}; name the one to use in"
-        f" prompt_column. There are: {', '.join(names) or 'none'}"
+        f" prompt_column. There are: {listed(names) or 'none'}"
     )
 
 
@@ -57,8 +59,7 @@ def value_of(record: Record, name: str) -> Any:
     value: Any = record.columns
     for part in [name] if name in record.columns else name.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            known = ", ".join(record.columns)
-            raise DataError(f"{record.where}: there is no column {name!r}; there are: {known}")
+            raise DataError(f"{record.where}: there is no column {name!r}; there are: {listed(record.columns)}")
         value = value[part]
     if value is None:
         raise DataError(f"{record.where}: the column {name!r} is null")
@@ -75,6 +76,8 @@ def text_or_messages(record: Record, name: str) -> str | Messages:
     hint = ""
     if isinstance(value, Mapping):
         hint = f"; reach into it, for example with {name}.{next(iter(value), 'text')}"
+    if isinstance(value, bytes | bytearray):
+        hint = "; store it as text (a string column), not as bytes"
     raise DataError(
         f"{record.where}: the column {name!r} is {type(value).__name__}, expected text or chat messages{hint}"
     )
@@ -89,7 +92,7 @@ def _messages(value: Sequence[Any], where: str) -> Messages:
         content = message.get("content")
         if isinstance(content, str | list) or (content is None and message.get("tool_calls")):
             continue
-        raise DataError(f"{where}: the content of message {index} ({message['role']}) is not text")
+        raise DataError(f"{where}: the content of message {index} ({message['role'][:60]}) is not text")
     return [dict(message) for message in value]
 
 
@@ -102,8 +105,17 @@ def fill_template(template: str, record: Record) -> str:
             value = value_of(record, name)
             if not isinstance(value, str | int | float):
                 raise DataError(f"{record.where}: {{{name}}} of the template is {type(value).__name__}, not text")
-            pieces.append(str(value))
+            pieces.append(_as_text(value, f"{record.where}: {{{name}}} of the template"))
     return "".join(pieces)
+
+
+def _as_text(value: str | int | float, what: str) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"{what} is {value}, which stands for a missing number; leave the record out")
+    try:
+        return str(value)
+    except ValueError as error:  # Python's limit on digits
+        raise DataError(f"{what} is a whole number with thousands of digits; give it as text") from error
 
 
 def prompt_value(record: Record, column: str | None, config: DataConfig | None) -> str | Messages:

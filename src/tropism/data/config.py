@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from string import Formatter
+from typing import Literal
 
 from tropism.errors import ConfigError
+
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +42,23 @@ class DataConfig:
     """Send plain text as one user message through the model's chat template."""
     eval_fraction: float = 0.0
     """Share of the prompts held out for evaluation; 0 holds out none."""
+    overlong: Literal["error", "truncate_left"] = "error"
+    """What becomes of a prompt that leaves no room for the completion: an error, or it loses its beginning (not the
+    BOS). Demonstrations always lose their end."""
 
     def __post_init__(self) -> None:
         for name in ("path", "split", "subset", "revision", "prompt_column", "completion_column", "template"):
             if getattr(self, name) == "":
                 raise ConfigError(f"{name} is empty; name one or leave it out")
+        for name in ("system_prompt", "template"):
+            if _NO_TEXT.search(getattr(self, name) or ""):
+                raise ConfigError(f"{name} holds a NUL or half a surrogate pair, which no text can; remove it")
         for name in ("first_words", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.overlong not in ("error", "truncate_left"):
+            raise ConfigError(f"overlong is {self.overlong!r}; choose error or truncate_left")
         if not 0 <= self.eval_fraction < 1:
             raise ConfigError(f"eval_fraction must be at least 0 and below 1, got {self.eval_fraction}")
         if self.template is not None:

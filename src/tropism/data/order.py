@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 from tropism.errors import ConfigError, DataError
@@ -23,11 +27,27 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> list[int]:
     return sorted(range(count), key=lambda index: (keyed_hash("order", seed, epoch, index), index))
 
 
+def fingerprint(items: Sequence[object]) -> str:
+    """Digest of items in their order: of all token ids, texts and columns, so that a changed file shows, and a changed
+    tokenizer or template. Objects that JSON does not know count by what they print."""
+    digest = hashlib.blake2b(digest_size=16)
+    for item in items:
+        fields = vars(item) if is_dataclass(item) else item
+        digest.update(json.dumps(fields, default=_as_plain, skipkeys=True).encode("ascii") + b"\n")
+    return digest.hexdigest()
+
+
+def _as_plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return [type(value).__qualname__, re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(value))]  # addresses differ by process
+
+
 class PromptStream(Generic[T]):
     """Items in order, epoch after epoch without end.
 
     Args:
-        items: at least one.
+        items: at least one; they do not change while the stream is in use.
         seed: keys the order of every epoch.
         shuffle: False goes through the items as they stand.
     """
@@ -60,13 +80,29 @@ class PromptStream(Generic[T]):
             self._order = epoch, epoch_order(count, seed=self.seed, epoch=epoch) if self.shuffle else list(range(count))
         return self._order[1]
 
-    def state_dict(self) -> dict[str, int]:
-        """The position, as plain JSON."""
-        return {"position": self.position}
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the items."""
+        return fingerprint(self.items)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position and what it counts through, as plain JSON."""
+        return {"position": self.position, "items": len(self.items), "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved position; the items, seed and shuffle must be those of the saved run."""
+        """Go on from a saved position; seed and shuffle must be those of the saved run.
+
+        Raises:
+            ConfigError: the position is no count.
+            DataError: the items are not those that were saved.
+        """
         position = state.get("position")
         if not isinstance(position, int) or isinstance(position, bool) or position < 0:
             raise ConfigError(f"the saved position in the prompts is {position!r}, not a count")
+        if state.get("fingerprint") != self.fingerprint:
+            raise DataError(
+                f"the data is not that of the run, which has gone through {position} of {state.get('items')} items: "
+                f"now there are {len(self.items)}, or other texts, columns or token ids. Give the run the same file, "
+                "in the same order, with the same tokenizer and chat template, or start a new run"
+            )
         self.position = position

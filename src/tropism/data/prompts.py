@@ -27,7 +27,7 @@ def make_prompts(
     config: DataConfig | None = None,
     *,
     max_length: int | None = None,
-    overlong: Literal["error", "truncate_left"] = "error",
+    overlong: Literal["error", "truncate_left"] | None = None,
 ) -> list[Prompt]:
     """Prompts with their token ids; every column but the prompt's travels along for the reward.
 
@@ -39,7 +39,8 @@ def make_prompts(
         tokenizer: of the model.
         config: how records become prompts; default: ``source`` itself, if it is a ``DataConfig``.
         max_length: most tokens a prompt may have (the model's context less the tokens to be sampled).
-        overlong: a longer prompt is an error, or loses tokens on the left but for its BOS. ``Prompt.text`` stays whole.
+        overlong: a longer prompt is an error, or loses tokens on the left but for its BOS (``Prompt.text`` stays
+            whole); None: as ``config`` says, else an error.
 
     Raises:
         DataError: names the file and line or the record.
@@ -48,6 +49,7 @@ def make_prompts(
         config = source
     records = locate_records(source)
     words = config.first_words if config else None
+    overlong = overlong or (config.overlong if config else "error")
     column: str | None = None
     if config is None or config.template is None:
         column = (config.prompt_column if config else None) or choose_column(records, PROMPT_COLUMNS)
@@ -105,7 +107,7 @@ def _shorten(ids: list[int], max_length: int, overlong: str, bos: int | None, wh
     if overlong != "truncate_left":
         raise DataError(
             f"{where}: the prompt has {len(ids)} tokens, but at most {max_length} fit beside the completion; shorten"
-            " it, sample fewer tokens, or truncate prompts from the left"
+            " it, sample fewer tokens, or cut such prompts on the left (data.overlong: truncate_left)"
         )
     if max_length < 1:
         raise DataError(f"{where}: no prompt fits into {max_length} tokens; sample fewer tokens")

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import itertools
 import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tropism.data.config import DataConfig
-from tropism.data.files import MAX_DEPTH, TEXT_FORMATS, Located, read_file, rows_of_columns
+from tropism.data.files import MAX_DEPTH, TEXT_FORMATS, Located, listed, read_file, rows_of_columns, shown
 from tropism.errors import DataError
+from tropism.foreign.paths import file_inside
 
 logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
+_KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,22 +78,31 @@ class _Cleaner:
             raise DataError(f"{where}: the record has no columns")
         for name in columns:
             if not isinstance(name, str):
-                raise DataError(f"{where}: the column name {name!r} is not text")
-        return {self._text(name): self._value(value, where, 1) for name, value in columns.items()}
+                raise DataError(f"{where}: the column name {shown(name)} is not text")
+        return self._mapping(columns, where, 0)
 
     def _value(self, value: Any, where: str, depth: int) -> Any:
         if isinstance(value, str):
             return self._text(value)
-        if not isinstance(value, list | dict):
+        if not isinstance(value, list | tuple | dict):
             return value
         if depth >= MAX_DEPTH:
-            raise DataError(f"{where}: nested more than {MAX_DEPTH} levels deep")
-        if isinstance(value, list):
-            return [self._value(item, where, depth + 1) for item in value]
-        return {
+            raise DataError(f"{where}: nested more than {MAX_DEPTH} levels deep; flatten the record")
+        if isinstance(value, dict):
+            return self._mapping(value, where, depth)
+        items = [self._value(item, where, depth + 1) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+
+    def _mapping(self, mapping: dict[Any, Any], where: str, depth: int) -> dict[Any, Any]:
+        clean = {
             self._text(key) if isinstance(key, str) else key: self._value(item, where, depth + 1)
-            for key, item in value.items()
+            for key, item in mapping.items()
         }
+        if len(clean) < len(mapping):
+            raise DataError(
+                f"{where}: two names differ only in characters that are no text (NUL, lone surrogates); rename one"
+            )
+        return clean
 
     def _text(self, text: str) -> str:
         if text.isascii() and "\0" not in text:
@@ -125,7 +144,7 @@ def _items(items: Sequence[Any]) -> Iterator[Located]:
         else:
             raise DataError(
                 f"{where}: expected text, a mapping of columns or a list of messages with roles,"
-                f" got {type(item).__name__} {repr(item)[:60]}"
+                f" got {type(item).__name__} {shown(item)}"
             )
 
 
@@ -133,8 +152,11 @@ def _rows_of_mapping(columns: Mapping[Any, Any]) -> Iterator[Located]:
     lists: dict[str, Any] = {}
     for name, column in columns.items():
         if isinstance(column, str | bytes) or not hasattr(column, "__len__") or not hasattr(column, "__getitem__"):
-            raise DataError(f"column {name!r}: expected a list of values, got {type(column).__name__}")
-        lists[name] = list(column)
+            raise DataError(f"column {shown(name)}: expected a list of values, got {type(column).__name__}")
+        try:
+            lists[name] = list(column)
+        except TypeError as error:  # an array without dimensions
+            raise DataError(f"column {shown(name)}: expected a list of values ({error})") from error
     return rows_of_columns(lists, "the columns")
 
 
@@ -156,16 +178,27 @@ def _rows_of_dataset(source: Any) -> Iterator[Located]:
             f"{type(source).__name__} streams its rows, but training needs to know how many there are; take a part:"
             " Dataset.from_list(list(stream.take(10_000)))"
         )
-    for index, row in enumerate(source):
+    rows = iter(source)
+    for index in itertools.count():
+        try:
+            row = next(rows, None)
+        except Exception as error:  # values that are decoded only now raise whatever their decoder raises
+            raise DataError(f"record {index}: cannot be read from the data set ({_first_line(error)})") from error
+        if row is None:
+            return
         yield f"record {index}", dict(row)
 
 
 def _open_path(config: DataConfig) -> Iterable[Located]:
     path = Path(config.path)
-    if os.path.isfile(config.path):
-        return read_file(path)
-    if os.path.isdir(config.path):
-        return _rows_of_dataset(_load_saved(path, config))
+    mode = _mode(config.path)
+    if mode is not None:
+        for is_kind, kind in _KINDS:
+            if is_kind(mode):
+                raise DataError(f"{path}: {kind}, not a regular file; save the data to a file first")
+        return _rows_of_dataset(_load_saved(path, config)) if stat.S_ISDIR(mode) else read_file(path)
+    if os.path.islink(config.path):
+        raise DataError(f"{path}: a link to {os.readlink(config.path)!r}, which is not there")
     suffix = Path(config.path.lower().removesuffix(".gz")).suffix
     if suffix in TEXT_FORMATS or suffix == ".parquet" or not _HUB_ID.fullmatch(config.path):
         raise DataError(
@@ -173,6 +206,22 @@ def _open_path(config: DataConfig) -> Iterable[Located]:
             " pass a list of texts"
         )
     return _rows_of_dataset(_load_from_hub(config))
+
+
+def _mode(path: str) -> int | None:
+    """What is at the path, links followed; None where there is nothing.
+
+    Raises:
+        DataError: there may be something, but it cannot be looked at.
+    """
+    try:
+        return os.stat(path).st_mode
+    except ValueError:  # a NUL in the path
+        return None
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.ELOOP, errno.EIO):
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        return None
 
 
 def _nearest_name(path: Path) -> str:
@@ -188,17 +237,8 @@ def _load_saved(path: Path, config: DataConfig) -> Any:
     """A folder of ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk``."""
     import datasets
 
-    if (path / "dataset_dict.json").is_file():
-        splits = sorted(entry.name for entry in path.iterdir() if (entry / "state.json").is_file())
-        if config.split not in splits:
-            raise DataError(f"{path}: no split {config.split!r}; there are: {', '.join(splits) or 'none'}")
-        path = path / config.split
-    if not (path / "state.json").is_file():
-        names = sorted(entry.name for entry in path.iterdir())[:10]
-        raise DataError(
-            f"{path}: a folder, but none written by Dataset.save_to_disk; name one of its files: {', '.join(names)}"
-        )
     try:
+        path = _saved_split(path, config.split)
         _check_inside(path)
         return datasets.load_from_disk(str(path))
     except DataError:
@@ -207,13 +247,37 @@ def _load_saved(path: Path, config: DataConfig) -> Any:
         raise DataError(f"{path}: cannot be read as a saved data set ({_first_line(error)})") from error
 
 
+def _saved_split(path: Path, split: str) -> Path:
+    """The folder of one split; the folder itself where it holds a data set without splits."""
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(entry.name for entry in path.iterdir() if (entry / "state.json").is_file())
+        if split not in splits:
+            raise DataError(f"{path}: no split {split!r}; there are: {listed(splits) or 'none'}")
+        if not (path / split).resolve().is_relative_to(path.resolve()):
+            raise DataError(
+                f"{path / split} is a link that leads outside the data set; put a copy of that folder there"
+            )
+        path = path / split
+    if not (path / "state.json").is_file():
+        names = sorted(entry.name for entry in path.iterdir())[:10]
+        raise DataError(
+            f"{path}: a folder, but none written by Dataset.save_to_disk; name one of its files:"
+            f" {', '.join(names) or '(it is empty)'}"
+        )
+    return path
+
+
 def _check_inside(path: Path) -> None:
     """A saved data set names its own files: none of these may lead out of its folder."""
+    for own in ("state.json", "dataset_info.json"):
+        file_inside(path, own, error=DataError)
     state = json.loads((path / "state.json").read_bytes())
     for entry in state["_data_files"]:
         name = entry["filename"]
         if not (path / name).resolve().is_relative_to(path.resolve()):
             raise DataError(f"{path}/state.json: the file {name!r} is outside the folder")
+        if not (path / name).is_file():
+            raise DataError(f"{path}/state.json: the file {name!r} is missing or no regular file; save the data again")
 
 
 def _load_from_hub(config: DataConfig) -> Any:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
+
+from tropism.errors import ConfigError
 
 CONTEXT = 4
 """Tokens before a piece of text that settle how it begins: the space of its first word, a character cut into bytes."""
 
 
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Text of token ids: special tokens left out, bytes that are no text as U+FFFD, spaces as they are."""
+    """Text of token ids: special tokens left out, what is no text as U+FFFD, spaces as they are."""
     text: str = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text
+    return text if text.isascii() else _LONE_SURROGATE.sub("\ufffd", text)
 
 
 def added_text(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:
@@ -27,6 +33,10 @@ class StopStrings:
     """Whether a completion has just spelled one of the stop strings."""
 
     def __init__(self, strings: Sequence[str], tokenizer: Any) -> None:
+        """Raises ConfigError for a string that no text can hold."""
+        for string in strings:
+            if _LONE_SURROGATE.search(string):
+                raise ConfigError(f"sampling.stop: {string!r:.60} holds half a surrogate pair, which no text can")
         self.strings = tuple(strings)
         self.tokenizer = tokenizer
         self.special = frozenset(tokenizer.all_special_ids)
