@@ -228,6 +228,10 @@ class RewardBatch:
     """What reward functions logged by ``log_metric``."""
     extras: Mapping[str, list[Any]] = field(default_factory=dict)
     """What reward functions logged by ``log_extra``: one list of B values per name."""
+    token_terms: Mapping[str, list[list[float] | None]] = field(default_factory=dict)
+    """Raw rewards per token of each term that gives any: B lists, None where it gave a number or None."""
+    errors: Mapping[str, list[str | None]] = field(default_factory=dict)
+    """Why completions are unscored by a term whose call failed: B reasons, None where it did not."""
 
     def __len__(self) -> int:
         return self.per_completion.shape[0]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from tropism.rewards import RewardConfig, RewardHarness, registry, reward_names
+from tropism.rewards import RewardConfig, RewardHarness, RewardTerm, registry, reward_names
+from tropism.types import RewardInputs
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text()
 
@@ -33,11 +37,43 @@ def test_python_examples_run(own_names: None) -> None:
     assert batch.terms["polite"].tolist() == [1.0, 0.0]  # type: ignore[attr-defined]
 
 
-def test_recipe_examples_build() -> None:
-    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+def test_recipe_examples_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    blocks = [yaml.safe_load(block)["reward"] for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
     pytest.importorskip("vaderSentiment")
-    harness = RewardHarness(RewardConfig.of(yaml.safe_load(block)["reward"]))
-    assert list(harness.functions) == ["warmth", "brevity", "watched"]
+    monkeypatch.setenv("JUDGE_TOKEN", "Bearer x")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "judge.py").write_text("def score(completions):\n    return [1.0] * len(completions)\n")
+    terms = []
+    for block in blocks:
+        harness = RewardHarness(RewardConfig.of(block), allow_code=True)
+        terms.append(list(harness.terms))
+        harness.close()
+    assert terms == [["warmth", "brevity", "watched"], ["judge", "short"], ["remote"]]
+
+
+def test_the_server_of_the_page_answers(own_names: None) -> None:
+    scope: dict[str, Any] = {}
+    (block,) = (code for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "class Judge" in code)
+    exec(block, scope)
+    assert len(block.splitlines()) < 25
+    scope["Judge"].log_message = lambda *_: None
+    server = scope["serve"](0)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/score"
+    harness = RewardHarness(RewardConfig.of({"use": "remote", "args": {"url": url}}))
+    inputs = RewardInputs(
+        prompts=["p"] * 2, completions=["x", "x" * 99], completion_ids=[[1], [1]], finish_reasons=["eos"] * 2
+    )
+    assert harness.score(inputs).per_completion.tolist() == [1.0, 0.0]
+    harness.close()
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_table_of_settings_holds_the_defaults() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|", PAGE, re.MULTILINE))
+    defaults = {f.name: repr(f.default) for f in dataclasses.fields(RewardTerm)}
+    assert rows == {name: defaults[name] for name in ("rows_per_call", "concurrency", "cache")}
 
 
 def test_every_registered_reward_is_on_the_page() -> None:

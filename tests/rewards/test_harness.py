@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -289,9 +290,12 @@ def test_skip_leaves_the_term_out_counts_it_and_warns(
     batch = harness.score(make_inputs(TWO))
     assert batch.per_completion.tolist() == [5.0, 1.0]
     assert batch.terms["bad"].isnan().all()
-    assert batch.metrics["reward/bad/skipped"] == 1.0
+    assert batch.metrics["reward/bad/skipped"] == 2.0 and batch.metrics["reward/bad/failed"] == 1.0
     assert "reward/bad" not in batch.metrics
-    assert any("skipped for this batch: reward 'bad'" in record.message for record in caplog.records)
+    warnings = [record.message for record in caplog.records if "left unscored" in record.message]
+    assert len(warnings) == 1 and "reward 'bad'" in warnings[0]
+    assert "step 3" in warnings[0] and re.search(r"rows? [01]|row 1", warnings[0]) and "'prompt " in warnings[0]
+    assert [reason in warnings[0] for reason in batch.errors["bad"]] == [True, True]  # type: ignore[operator]
 
 
 def test_skip_drops_what_the_failed_function_logged(make_inputs: Make) -> None:
@@ -301,7 +305,7 @@ def test_skip_drops_what_the_failed_function_logged(make_inputs: Make) -> None:
         raise RuntimeError
 
     raw = RewardHarness(RewardConfig.of({"use": reward, "on_error": "skip"})).evaluate(make_inputs(TWO))
-    assert raw.extras == {} and raw.metrics == {} and raw.skipped == {"reward": 1}
+    assert raw.extras == {} and raw.metrics == {} and raw.counts == {"reward": {"failed": 1, "skipped": 2}}
 
 
 def test_interrupts_pass_through(make_inputs: Make) -> None:

@@ -164,14 +164,24 @@ def test_rewards() -> None:
     assert reward(["#### 4"], [None]) == [None]
 
 
+@pytest.mark.parametrize("text", ["9**9**9", "__import__('os').abort()", "1e9**9", "(" * 10**5 + "9" + ")" * 10**5])
+def test_nothing_is_evaluated(text: str) -> None:
+    start = time.monotonic()
+    assert reward([text], [9**9]) == [0.0]  # what it would come to is never asked
+    assert time.monotonic() - start < 1.0
+
+
 def test_the_column_is_named_where_it_is_missing() -> None:
     with pytest.raises(RewardError, match=r"data column 'solution'; available: answer, prompts"):
         reward(["4"], [4], column="solution")
 
 
-@pytest.mark.parametrize("reference", ["none", "", float("nan"), True, "9" * 100])
+NO_NUMBERS = ["none", "", float("nan"), True, "9" * 100, 10**5000, -(10**60)]
+
+
+@pytest.mark.parametrize("reference", NO_NUMBERS, ids=range(len(NO_NUMBERS)))
 def test_a_reference_without_a_number_is_an_error(reference: Any) -> None:
-    with pytest.raises(RewardError, match=r"'answer' of row 1 holds no number"):
+    with pytest.raises(RewardError, match=r"'answer' holds no number"):
         reward(["4", "4"], [4, reference])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tropism.errors import RewardError
 from tropism.rewards.raw import RawRewards, checked_values
@@ -114,17 +118,97 @@ def test_everything_else_is_refused(returned: Any, message: str) -> None:
         checked_values(returned, [3, 1])
 
 
+def test_an_endless_iterator_is_not_followed() -> None:
+    with pytest.raises(RewardError, match="returned more than 2 rewards for 2 completions"):
+        checked_values(itertools.repeat(1.0), [3, 1])
+    assert checked_values(itertools.islice(itertools.repeat(1.0), 2), [3, 1]) == [1.0, 1.0]
+
+
+def test_a_generator_that_raises_is_no_wrong_type() -> None:
+    def rewards() -> Any:
+        yield 1.0
+        raise TypeError("inside")
+
+    with pytest.raises(TypeError, match="inside"):
+        checked_values(rewards(), [3, 1])
+
+
+class OnDevice:
+    """What a tensor of a GPU is to who must not compute with it there: NumPy refuses it, ``tolist`` brings it over."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = values
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("can't convert a device tensor to numpy")
+
+    def __iter__(self) -> Any:
+        raise AssertionError("elements would stay on the device")
+
+    def tolist(self) -> Any:
+        return self.values
+
+
+def test_tensors_of_other_devices_come_over() -> None:
+    assert checked_values(OnDevice([1.0, 2]), [3, 1]) == [1.0, 2.0]
+    assert checked_values([OnDevice(1.0), OnDevice([2.0])], [3, 1]) == [1.0, [2.0]]
+    with pytest.raises(RewardError, match="NaN"):
+        checked_values([OnDevice(math.nan), 1.0], [3, 1])
+
+
+ENTRIES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=3)
+    | st.binary(max_size=3)
+    | st.complex_numbers()
+    | st.decimals()
+    | st.fractions()
+    | st.floats(width=32).map(np.float32)
+    | st.integers(-9, 9).map(torch.tensor)
+    | st.sampled_from([object(), float, np.array([1, 2]), np.array(["a"]), np.bool_(True), torch.tensor([0.5])]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text(max_size=2), inner, max_size=2)
+        | st.lists(inner, max_size=3).map(iter)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(ENTRIES, st.lists(st.integers(0, 3), max_size=4))
+def test_whatever_is_returned_is_plain_rewards_or_refused(returned: Any, counts: list[int]) -> None:
+    try:
+        values = checked_values(returned, counts)
+    except RewardError:
+        return
+    assert len(values) == len(counts)
+    for value, count in zip(values, counts, strict=True):
+        numbers = value if isinstance(value, list) else [] if value is None else [value]
+        assert not isinstance(value, list) or len(value) == count
+        assert all(type(number) is float and math.isfinite(number) and abs(number) < 3.5e38 for number in numbers)
+
+
 def test_parts_of_several_processes_join_in_order() -> None:
     first = RawRewards(
-        values={"a": [1.0, None], "b": [[1.0], 2.0]}, metrics={"m": [1.0]}, extras={"x": ["p", "q"]}, skipped={"a": 1}
+        values={"a": [1.0, None], "b": [[1.0], 2.0]},
+        metrics={"m": [1.0]},
+        extras={"x": ["p", "q"]},
+        counts={"a": {"failed": 1, "retries": 2}},
+        errors={"a": [None, "why"]},
     )
-    second = RawRewards(values={"b": [0.0], "a": [3.0]}, metrics={"m": [3.0], "n": [5.0]}, skipped={"a": 1})
+    second = RawRewards(values={"b": [0.0], "a": [3.0]}, metrics={"m": [3.0], "n": [5.0]}, counts={"a": {"failed": 1}})
     joined = RawRewards.concat([first, second])
     assert len(joined) == 3
     assert joined.values == {"a": [1.0, None, 3.0], "b": [[1.0], 2.0, 0.0]}
     assert joined.metrics == {"m": [1.0, 3.0], "n": [5.0]}
     assert joined.extras == {"x": ["p", "q", None]}
-    assert joined.skipped == {"a": 2}
+    assert joined.counts == {"a": {"failed": 2, "retries": 2}}
+    assert joined.errors == {"a": [None, "why", None]}
     with pytest.raises(ValueError, match=r"different terms"):
         RawRewards.concat([first, RawRewards(values={"c": [1.0]})])
     with pytest.raises(ValueError, match=r"no parts"):

@@ -98,7 +98,9 @@ def test_the_mapping_of_a_config_gives_it_back() -> None:
     }
     config = RewardConfig.of(value)
     assert RewardConfig.of(config.to_mapping()) == config
-    assert config.to_mapping() == {**value, "normalise": False, "on_error": "raise"}
+    how = {"timeout": None, "retries": 0, "rows_per_call": None, "concurrency": 1, "cache": None}
+    terms = {"warmth": {**value["terms"]["warmth"], **how}}  # type: ignore[index]
+    assert config.to_mapping() == {**value, "terms": terms, "normalise": False, "on_error": "raise", "timeout": None}
 
 
 def test_python_callables_are_written_as_references() -> None:

@@ -69,7 +69,7 @@ def test_regex() -> None:
 
 def test_regex_of_exponential_time_is_stopped() -> None:
     start = time.monotonic()
-    with pytest.raises(RewardError, match=r"took more than 0.2 s on row 1; simplify"):
+    with pytest.raises(RewardError, match=r"row 1 .*took more than 0.2 s; simplify"):
         rule("regex", ["b", "a" * 200 + "!"], pattern=r"(?:a|aa|(a+)b?\1?)+$", timeout=0.2)
     assert time.monotonic() - start < 5
 

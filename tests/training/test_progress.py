@@ -54,3 +54,27 @@ def test_the_bar_shows_reward_kl_and_speed() -> None:
         (task,) = progress.tasks
         assert (task.description, task.completed, task.fields["numbers"]) == ("evaluating", 2, "loss 2.000")
     assert "look out" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_slow_reward_has_a_bar_of_its_own_while_it_works() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with Progress(TextColumn("{task.fields[numbers]}"), console=console) as progress:
+        live = Live(progress, progress.add_task("training", total=3, numbers=""))
+        for done in (0, 3):
+            live.scoring(done, 8)
+            (_, task) = progress.tasks
+            assert (task.description, task.completed, task.total) == ("scoring", done, 8)
+        live.scoring(8, 8)
+        assert [task.description for task in progress.tasks] == ["training"]
+        live.scoring(1, 4)
+        assert [task.total for task in progress.tasks] == [3, 4]
+
+
+def test_without_a_bar_scoring_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    with show_progress(3, done=0, wanted=True, main=True) as display:
+        for done in range(9):
+            display.scoring(done, 8)
+    assert capsys.readouterr().err.splitlines() == ["scored 0/8"]
+    with show_progress(3, done=0, wanted=None, main=True) as display:
+        display.scoring(1, 8)
+    assert capsys.readouterr().err == ""

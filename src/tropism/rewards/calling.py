@@ -1,31 +1,35 @@
-"""How a reward function is called: by name, with what it asks for, sync or async."""
+"""How a reward function is called: by name, with what it asks for, sync or async.
+
+Nothing here imports torch, because worker processes do this too and most rewards need none.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import math
+import sys
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
-from typing import Any
-
-import torch
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from tropism.errors import RewardError
+from tropism.rewards.raw import ReturnError
 from tropism.rewards.registry import RewardFn
-from tropism.types import RewardInputs
 
-OWN_ARGUMENTS = (
-    "prompts",
-    "completions",
-    "completion_ids",
-    "finish_reasons",
-    "trainer_state",
-    "log_metric",
-    "log_extra",
-)
-"""What the library offers to every reward function, beside the columns of the data."""
+if TYPE_CHECKING:
+    from tropism.types import RewardInputs
+
+DATA_ARGUMENTS = ("prompts", "completions", "completion_ids", "finish_reasons")
+"""What the library tells of each completion, beside the columns of the data."""
+
+RUN_ARGUMENTS = ("trainer_state", "log_metric", "log_extra")
+"""What concerns the run rather than a completion."""
+
+OWN_ARGUMENTS = (*DATA_ARGUMENTS, *RUN_ARGUMENTS)
 
 _TRL_NAMES = {"global_step": "step", "max_steps": "total_steps"}
 
@@ -75,19 +79,75 @@ class TermLog:
         """Log one value per completion, at once or in consecutive parts, beside the rollouts."""
         self.extras.setdefault(str(column), []).extend(values)
 
+    def check(self, rows: int) -> None:
+        """Refuse columns without one value per completion of the call, and metrics under the library's names.
 
-def available_arguments(inputs: RewardInputs, log: TermLog) -> dict[str, Any]:
-    """Everything a reward function may ask for. The library's own names win over columns of the same name."""
-    own = (
-        inputs.prompts,
-        inputs.completions,
-        inputs.completion_ids,
-        inputs.finish_reasons,
-        TrainerState(inputs.trainer_state),
-        log.log_metric,
-        log.log_extra,
+        Raises:
+            ReturnError: says what was logged.
+        """
+        for column, values in self.extras.items():
+            if len(values) != rows:
+                raise ReturnError(f"logged {len(values)} values as {column!r} for {rows} completions")
+        for metric in self.metrics:
+            if metric == "reward" or metric.startswith("reward/"):
+                raise ReturnError(f"logs {metric!r}: reward/ is the library's, rename it")
+
+
+class TryAgainError(RewardError):
+    """A failure that may pass: the call is made again where its term has retries left, not before ``wait`` seconds."""
+
+    def __init__(self, message: str, *, wait: float = 0.0) -> None:
+        super().__init__(message)
+        self.wait = wait
+
+
+class MissingArgumentError(RewardError):
+    """A reward function asks for something that neither the library nor the data has; never skipped."""
+
+
+def row_data(inputs: RewardInputs) -> dict[str, list[Any]]:
+    """Everything there is of each completion: one list of B values per name. The library's names hide columns."""
+    return {**inputs.columns, **{name: getattr(inputs, name) for name in DATA_ARGUMENTS}}
+
+
+def run_arguments(state: Mapping[str, int | float], log: TermLog) -> dict[str, Any]:
+    """The arguments of ``RUN_ARGUMENTS``."""
+    return {"trainer_state": TrainerState(state), "log_metric": log.log_metric, "log_extra": log.log_extra}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asks:
+    """The arguments that a function asks for."""
+
+    names: frozenset[str]
+    needed: frozenset[str]
+    """Those of them without a default."""
+    everything: bool
+    """It has ``**kwargs``."""
+
+    def of(self, available: Iterable[str]) -> list[str]:
+        """Those of the available names that it asks for."""
+        return [name for name in available if self.everything or name in self.names]
+
+    def check(self, available: Collection[str]) -> None:
+        """Raises: MissingArgumentError: an argument that it needs is not there; names it and what is available."""
+        for name in sorted(self.needed - set(available)):
+            raise MissingArgumentError(
+                f"needs the argument {name!r}, which is not there; available: {', '.join(available)}"
+            )
+
+
+def asked_by(function: RewardFn) -> Asks:
+    """What a reward function asks for; a builtin that does not reveal its signature gets the completions."""
+    parameters, bound = _parameters(function), _bound_keywords(function)
+    if parameters is None:
+        return Asks(names=frozenset({"completions"}), needed=frozenset(), everything=False)
+    own = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name not in bound]
+    return Asks(
+        names=frozenset(p.name for p in own),
+        needed=frozenset(p.name for p in own if p.default is p.empty),
+        everything=any(p.kind is p.VAR_KEYWORD for p in parameters),
     )
-    return {**inputs.columns, **dict(zip(OWN_ARGUMENTS, own, strict=True))}
 
 
 def call_reward(function: RewardFn, available: Mapping[str, Any]) -> Any:
@@ -97,11 +157,11 @@ def call_reward(function: RewardFn, available: Mapping[str, Any]) -> Any:
     reveal its signature is given the completions.
 
     Raises:
-        RewardError: a parameter without a default that is not available; names it and what is available.
+        MissingArgumentError: a parameter without a default is not available; names it and what is.
     """
-    try:
-        parameters = inspect.signature(_described(function)).parameters.values()
-    except (TypeError, ValueError):
+    asked_by(function).check(available)
+    parameters = _parameters(function)
+    if parameters is None:
         return function(available["completions"])
     positional: list[Any] = []
     named: dict[str, Any] = {}
@@ -117,23 +177,40 @@ def call_reward(function: RewardFn, available: Mapping[str, Any]) -> Any:
                 positional.append(available[name])
             else:
                 named[name] = available[name]
-        elif parameter.default is parameter.empty:
-            raise MissingArgumentError(
-                f"needs the argument {name!r}, which is not there; available: {', '.join(available)}"
-            )
         elif parameter.kind is parameter.POSITIONAL_ONLY:
             positional.append(parameter.default)
-    with torch.no_grad():
-        return function(*positional, **named)
+    return function(*positional, **named)
 
 
-class MissingArgumentError(RewardError):
-    """A reward function asks for something that neither the library nor the data has; never skipped."""
+def without_gradients() -> contextlib.AbstractContextManager[Any]:
+    """``torch.no_grad`` where torch is loaded."""
+    torch = sys.modules.get("torch")
+    return contextlib.nullcontext() if torch is None else torch.no_grad()
 
 
-def _described(function: RewardFn) -> Callable[..., Any]:
-    """Where the signature is: a module's own ``__call__`` takes anything and hands it to ``forward``."""
-    return function.forward if isinstance(function, torch.nn.Module) else function
+def is_async(function: RewardFn) -> bool:
+    """Whether calling it gives a coroutine, as far as one can tell without calling it."""
+    function = unwrapped(function)
+    if inspect.isfunction(function) or inspect.ismethod(function):
+        return inspect.iscoroutinefunction(function)
+    return inspect.iscoroutinefunction(type(function).__call__)
+
+
+def unwrapped(function: RewardFn) -> RewardFn:
+    """The function inside of partials."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def _parameters(function: RewardFn) -> list[inspect.Parameter] | None:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(function, torch.nn.Module):
+        function = function.forward  # a module's own ``__call__`` takes anything and hands it to ``forward``
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return None
 
 
 def _bound_keywords(function: RewardFn) -> set[str]:
@@ -154,31 +231,47 @@ class AsyncRunner:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._lock = threading.Lock()
 
-    def gather(self, awaitables: Mapping[str, Awaitable[Any]]) -> dict[str, Any]:
-        """Await all of them concurrently; results by name, an exception in the place of a result that failed."""
-        if not awaitables:
-            return {}
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="tropism-rewards", daemon=True).start()
-        future = asyncio.run_coroutine_threadsafe(_gather(awaitables), self._loop)
+    def run(self, awaitable: Any) -> Any:
+        """What an awaitable gives. From several threads at once, they run concurrently.
+
+        An interrupt of the caller ends the awaitable too.
+        """
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="tropism-rewards", daemon=True).start()
+            loop = self._loop
+        future = asyncio.run_coroutine_threadsafe(_awaited(awaitable), loop)
         try:
             return future.result()
-        except BaseException:  # an interrupt: what is still under way must not outlive this call
+        except BaseException:
             future.cancel()
+            loop.call_soon_threadsafe(_forget, awaitable)
             raise
 
+    def cancel(self) -> None:
+        """End whatever is under way."""
+        with self._lock:
+            loop = self._loop
+        if loop is not None:
+            loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
+
     def close(self) -> None:
-        """Stop the loop; the next ``gather`` would start another."""
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._loop = None
+        """Stop the loop; the next ``run`` would start another."""
+        self.cancel()
+        with self._lock:
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._loop = None
 
 
-def _gather(awaitables: Mapping[str, Awaitable[Any]]) -> Coroutine[Any, Any, dict[str, Any]]:
-    async def run() -> dict[str, Any]:
-        results = await asyncio.gather(*awaitables.values(), return_exceptions=True)
-        return dict(zip(awaitables, results, strict=True))
+def _forget(awaitable: Any) -> None:
+    """Close a coroutine that was cancelled before it began, or it would complain of never having been awaited."""
+    if inspect.iscoroutine(awaitable) and inspect.getcoroutinestate(awaitable) == inspect.CORO_CREATED:
+        awaitable.close()
 
-    return run()
+
+async def _awaited(awaitable: Any) -> Any:
+    return await awaitable

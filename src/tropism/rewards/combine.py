@@ -114,15 +114,26 @@ def combine_rewards(
         tokens = clipped_tokens / divisor
         if config.scale != "none" or config.normalise:
             metrics["reward/scale"] = divisor
-    per_token = any(isinstance(value, list) for name in raw.values for value in raw.values[name])
+    token_terms = _token_terms(raw)
     return RewardBatch(
         per_completion=whole.float().to(lengths.device),
-        per_token=tokens.float().to(lengths.device) if per_token else None,
+        per_token=tokens.float().to(lengths.device) if token_terms else None,
         scored=scored.to(lengths.device),
         terms={name: _sums(values).float().to(lengths.device) for name, values in raw.values.items()},
         metrics=metrics,
         extras=dict(raw.extras),
+        token_terms=token_terms,
+        errors=dict(raw.errors),
     )
+
+
+def _token_terms(raw: RawRewards) -> dict[str, list[list[float] | None]]:
+    """The terms that give rewards per token to any completion."""
+    return {
+        name: [value if isinstance(value, list) else None for value in values]
+        for name, values in raw.values.items()
+        if any(isinstance(value, list) for value in values)
+    }
 
 
 def _check_shapes(raw: RawRewards, lengths: Tensor, width: int) -> None:
@@ -191,4 +202,19 @@ def _metrics(raw: RawRewards, totals: Tensor) -> dict[str, float]:
         sums = _sums([value for value in values if value is not None])
         if len(sums):
             metrics[f"reward/{name}"] = float(sums.mean())
-    return metrics | {f"reward/{name}/skipped": float(count) for name, count in raw.skipped.items()}
+    return metrics | _count_metrics(raw)
+
+
+def _count_metrics(raw: RawRewards) -> dict[str, float]:
+    """What happened to the calls of each term. Rewards from a cache count as speed: equal runs may differ in them."""
+    metrics: dict[str, float] = {}
+    for name, counts in raw.counts.items():
+        named = {
+            f"reward/{name}/failed": counts.get("failed"),
+            f"reward/{name}/skipped": counts.get("skipped"),
+            f"reward/{name}/timeouts": counts.get("timeouts"),
+            f"reward/{name}/retries": counts.get("retries"),
+            f"throughput/cached/{name}": counts.get("cached"),
+        }
+        metrics |= {metric: float(count) for metric, count in named.items() if count}
+    return metrics

@@ -10,12 +10,16 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tropism.errors import ConfigError
 
 Scale = Literal["none", "running", "reference"]
 OnError = Literal["raise", "skip"]
+
+MOST_CONCURRENT = 256
+"""More threads or workers than this are a mistake."""
 
 RESERVED_NAMES = ("mean", "std", "unscored", "scale")
 """``reward/<these>`` are metrics of the whole reward, so no term may have such a name."""
@@ -48,6 +52,17 @@ class RewardTerm:
     """Factor of this term in the sum. 0 only logs the term; negative turns the policy away from it."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of a registered reward, or keyword arguments bound to a function."""
+    timeout: float | None = None
+    """Seconds that one call may take, in a worker process that is killed when it takes longer. None: the `timeout` of
+    the whole reward."""
+    retries: int = 0
+    """How often a call that raised or took too long is tried again, after 0.5, 1, 2, 4 ... (at most 60) seconds."""
+    rows_per_call: int | None = None
+    """Completions per call. None: all of a batch at once."""
+    concurrency: int = 1
+    """Calls at a time: threads, or worker processes where there is a timeout (async functions share one)."""
+    cache: str | None = None
+    """File in which rewards are kept by content, so that the same row is never scored again; None: no cache."""
 
     def __post_init__(self) -> None:
         if not callable(self.use) and not (isinstance(self.use, str) and self.use.strip()):
@@ -56,6 +71,24 @@ class RewardTerm:
             raise ConfigError(f"weight: expected a finite number, not {self.weight!r}")
         if not isinstance(self.args, Mapping) or not all(isinstance(key, str) for key in self.args):
             raise ConfigError(f"args: expected a mapping of argument names to values, not {self.args!r}")
+        check_timeout(self.timeout)
+        for key, value, least in (
+            ("retries", self.retries, 0),
+            ("rows_per_call", self.rows_per_call, 1),
+            ("concurrency", self.concurrency, 1),
+        ):
+            if value is None and key == "rows_per_call":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{key}: expected a whole number of at least {least}, not {value!r}")
+        if self.concurrency > MOST_CONCURRENT:
+            raise ConfigError(f"concurrency: at most {MOST_CONCURRENT} calls at a time, not {self.concurrency}")
+        if self.concurrency > 1 and self.rows_per_call is None:
+            raise ConfigError(
+                f"concurrency: {self.concurrency} calls at a time need rows_per_call; without it a batch is one call"
+            )
+        if self.cache is not None and not (isinstance(self.cache, (str, Path)) and str(self.cache).strip()):
+            raise ConfigError(f"cache: expected the path of a file, not {self.cache!r}")
 
     @property
     def name(self) -> str:
@@ -95,8 +128,11 @@ class RewardConfig:
     normalise: bool = False
     """Subtract the running mean and divide by the running standard deviation. Not together with `scale`."""
     on_error: OnError = "raise"
-    """`raise` stops the run when a reward function fails; `skip` leaves its term out for that batch, warns and counts
-    it as `reward/<name>/skipped`."""
+    """What happens after a call has failed for good: `raise` stops the run; `skip` leaves its completions unscored by
+    that term (never 0), warns and counts them."""
+    timeout: float | None = None
+    """Seconds that one call of any term may take (`reward_timeout` elsewhere); a term's own `timeout` goes before it.
+    None: no limit."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.terms, Mapping) or not self.terms:
@@ -115,6 +151,7 @@ class RewardConfig:
         ):
             if choice not in known:
                 raise ConfigError(f"{key}: unknown value {choice!r}. {closest(str(choice), known)}")
+        check_timeout(self.timeout)
         if self.normalise and self.scale != "none":
             raise ConfigError("normalise already divides by the running std; remove it or set scale to 'none'")
 
@@ -157,8 +194,14 @@ class RewardConfig:
             use = term.use
             if not isinstance(use, str):
                 use = f"{getattr(use, '__module__', None) or type(use).__module__}:{callable_name(use)}"
-            terms[name] = {"use": use, "weight": term.weight, "args": dict(term.args)}
+            terms[name] = {f.name: getattr(term, f.name) for f in fields(term)} | {"use": use, "args": dict(term.args)}
         return {"terms": terms} | {f.name: getattr(self, f.name) for f in fields(self) if f.name != "terms"}
+
+
+def check_timeout(seconds: Any) -> None:
+    """Refuse what is neither None nor a positive, finite number of seconds."""
+    if seconds is not None and not (_is_number(seconds) and 0 < seconds < math.inf):
+        raise ConfigError(f"timeout: expected a positive number of seconds or nothing, not {seconds!r}")
 
 
 def _is_number(value: Any) -> bool:

@@ -2,62 +2,74 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-import traceback
-from collections.abc import Awaitable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tropism.errors import RewardError
-from tropism.rewards.calling import (
-    OWN_ARGUMENTS,
-    AsyncRunner,
-    MissingArgumentError,
-    TermLog,
-    available_arguments,
-    call_reward,
-)
+from tropism.rewards.attempts import CallError
+from tropism.rewards.calling import OWN_ARGUMENTS, AsyncRunner, MissingArgumentError
 from tropism.rewards.combine import RunningMoments, combine_rewards
 from tropism.rewards.config import RewardConfig, callable_name
-from tropism.rewards.raw import RawRewards, RowError, Value, checked_values
-from tropism.rewards.registry import RewardFn
-from tropism.rewards.resolve import resolve_reward
+from tropism.rewards.raw import COUNTS, RawRewards, Value
+from tropism.rewards.terms import TermBatch, TermRunner
 from tropism.types import RewardBatch, RewardInputs
 
 logger = logging.getLogger("tropism")
+
+SHOW_AFTER = 1.0
+"""Seconds of scoring after which progress is reported."""
+LOOK_EVERY = 0.25
+"""Seconds between two reports."""
+WARNINGS = 3
+"""How many failed calls of a term and batch are warned about one by one."""
 
 
 class RewardHarness:
     """The reward of a run.
 
-    ``evaluate`` calls every function once, on the rows of this process; ``combine`` turns the rows of all processes
-    into rewards. ``score`` does both where there is one process.
+    ``evaluate`` calls every function, on the rows of this process; ``combine`` turns the rows of all processes into
+    rewards. ``score`` does both where there is one process.
+
+    Raises:
+        ConfigError: a term that cannot work as it is set.
+        StorageError: a cache that cannot be used.
     """
 
     def __init__(self, config: RewardConfig, *, allow_code: bool = False) -> None:
         self.config = config
-        self.functions: dict[str, RewardFn] = {
-            name: resolve_reward(term, allow_code=allow_code) for name, term in config.terms.items()
+        self.on_progress: Callable[[int, int], None] | None = None
+        """Called in the thread of ``evaluate`` with completions done and in all, over all terms, once scoring takes
+        longer than a second; the last time with all done."""
+        self._runner = AsyncRunner()
+        self.terms: dict[str, TermRunner] = {
+            name: TermRunner(name, term, timeout=config.timeout, allow_code=allow_code, runner=self._runner)
+            for name, term in config.terms.items()
         }
         self.moments = RunningMoments()
-        self._runner = AsyncRunner()
         self._warned: set[str] = set()
 
-    def evaluate(self, inputs: RewardInputs) -> RawRewards:
-        """Call every reward function once on B completions and check what it returns. With B = 0 none is called.
+    def evaluate(self, inputs: RewardInputs, *, first_row: int = 0) -> RawRewards:
+        """Call every reward function on B completions, all at once unless its term says otherwise, and check what it
+        returns. No completion is given to a function twice, but by a retry. With B = 0 none is called.
+
+        Args:
+            first_row: the number of the first of these rows in the batch of all processes, for messages.
 
         Raises:
-            RewardError: a function raised, or returned something unusable (unless ``on_error="skip"``), or asks for an
-                argument that is not available (always).
+            RewardError: a function raised, took too long or returned something unusable (unless ``on_error="skip"``),
+                or asks for an argument that is not available (always).
         """
-        return self._evaluate(inputs, skip=self.config.on_error == "skip")
+        return self._evaluate(inputs, first_row, skip=self.config.on_error == "skip", use_cache=True)
 
     def dry_call(self, inputs: RewardInputs) -> RawRewards:
-        """Call the functions on sample rows before training, so that a broken one fails now, ``skip`` or not."""
-        return self._evaluate(inputs, skip=False)
+        """Call the functions on sample rows before training, so that a broken one fails now, ``skip``, cache or not."""
+        return self._evaluate(inputs, 0, skip=False, use_cache=False)
 
     def combine(
         self, raw: RawRewards, lengths: Tensor, width: int, *, update_moments: bool = True, unscaled: bool = False
@@ -94,94 +106,123 @@ class RewardHarness:
         self.moments.load_state_dict(state)
 
     def close(self) -> None:
-        """Stop the event loop of async reward functions, if one was started."""
+        """End the workers and the event loop, where there are any; another call starts them again."""
+        for term in self.terms.values():
+            term.close()
         self._runner.close()
 
-    def _evaluate(self, inputs: RewardInputs, *, skip: bool) -> RawRewards:
+    def _evaluate(self, inputs: RewardInputs, first_row: int, *, skip: bool, use_cache: bool) -> RawRewards:
         self._check_inputs(inputs)
         if len(inputs) == 0:
-            return RawRewards(values={name: [] for name in self.functions})
-        logs = {name: TermLog() for name in self.functions}
-        outcomes = self._call(inputs, logs)
+            return RawRewards(values={name: [] for name in self.terms})
+        stopped = threading.Event()
+        batches: dict[str, TermBatch] = {}
+        try:
+            for name, term in self.terms.items():
+                batches[name] = self._planned(term, inputs, first_row, use_cache=use_cache, stopped=stopped)
+            self._work(batches, stopped, skip=skip)
+        except BaseException:  # an interrupt too: nothing of this may go on behind the run's back
+            self._abandon(stopped)
+            raise
+        finally:
+            for batch in batches.values():
+                batch.keep()
+        for name, batch in batches.items():
+            for rows, failure in batch.failures:
+                if failure.missing:
+                    self._abandon(stopped)
+                    raise MissingArgumentError(f"{self._where(name, inputs)}{failure.what}") from failure.__cause__
+                if not skip:
+                    self._abandon(stopped)
+                    raise RewardError(self._message(name, rows, failure, inputs, first_row)) from failure.__cause__
+        return self._gathered(batches, inputs, first_row, skip=skip)
+
+    def _planned(
+        self, term: TermRunner, inputs: RewardInputs, first_row: int, *, use_cache: bool, stopped: threading.Event
+    ) -> TermBatch:
+        try:
+            return term.plan(inputs, use_cache=use_cache, stopped=stopped)
+        except MissingArgumentError as error:
+            raise MissingArgumentError(f"{self._where(term.name, inputs)} {error}") from error
+        except CallError as failure:
+            rows = range(len(inputs))
+            raise RewardError(self._message(term.name, rows, failure, inputs, first_row)) from failure
+
+    def _work(self, batches: Mapping[str, TermBatch], stopped: threading.Event, *, skip: bool) -> None:
+        """Make all calls: those of background terms in threads, the others here; stop at the first failure to raise."""
+        progress = _Progress(self.on_progress, batches.values())
+        changed = threading.Event()
+
+        def work(batch: TermBatch, slot: int) -> None:
+            while not (batch.exhausted or stopped.is_set()):
+                batch.work(slot, most=1)
+                changed.set()
+
+        def hopeless() -> bool:
+            return any(failure.missing or not skip for batch in batches.values() for _, failure in batch.failures)
+
+        here = [batch for batch in batches.values() if not batch.runner.in_background]
+        elsewhere = [batch for batch in batches.values() if batch.runner.in_background]
+        for batch in elsewhere:
+            for slot in range(batch.threads):
+                name = f"tropism-reward-{batch.runner.name}-{slot}"
+                threading.Thread(target=work, args=(batch, slot), name=name, daemon=True).start()
+        for batch in here:
+            while not batch.exhausted and not hopeless():
+                batch.work(most=1)
+                progress.report()
+        while not all(batch.done for batch in elsewhere) and not hopeless():
+            changed.wait(LOOK_EVERY)
+            changed.clear()
+            progress.report()
+        progress.end()
+
+    def _abandon(self, stopped: threading.Event) -> None:
+        stopped.set()
+        for term in self.terms.values():
+            term.interrupt()
+        self._runner.cancel()
+
+    def _gathered(
+        self, batches: Mapping[str, TermBatch], inputs: RewardInputs, first_row: int, *, skip: bool
+    ) -> RawRewards:
+        """What all terms said, and what they failed to."""
         values: dict[str, list[Value]] = {}
         metrics: dict[str, list[float]] = {}
         extras: dict[str, list[Any]] = {}
-        skipped: dict[str, int] = {}
-        for name, outcome in outcomes.items():
-            try:
-                values[name] = self._checked(name, outcome, inputs)
-                self._check_extras(name, logs[name], extras, inputs)
-            except MissingArgumentError:
-                raise
-            except RewardError as error:
-                if not skip:
-                    raise
-                logger.warning("skipped for this batch: %s", error)
-                values[name], skipped[name] = [None] * len(inputs), 1
-                continue
-            extras |= logs[name].extras
-            for metric, numbers in logs[name].metrics.items():
+        counts: dict[str, dict[str, int]] = {}
+        errors: dict[str, list[str | None]] = {}
+        for name, batch in batches.items():
+            values[name], logged, columns = batch.result()
+            for column in columns:
+                if column in extras:
+                    what = f" logs the column {column!r}, as another term does; rename it"
+                    raise RewardError(f"{self._where(name, inputs)}{what}")
+            extras |= columns
+            for metric, numbers in logged.items():
                 metrics.setdefault(metric, []).extend(numbers)
-        return RawRewards(values=values, metrics=metrics, extras=extras, skipped=skipped)
+            reasons = self._reasons(name, batch, inputs, first_row)
+            if batch.failures:
+                errors[name] = reasons
+                batch.counts |= {"failed": len(batch.failures), "skipped": sum(r is not None for r in reasons)}
+            counts[name] = {count: batch.counts[count] for count in COUNTS if batch.counts[count]}
+        counts = {name: of_term for name, of_term in counts.items() if of_term}
+        return RawRewards(values=values, metrics=metrics, extras=extras, counts=counts, errors=errors)
 
-    def _call(self, inputs: RewardInputs, logs: Mapping[str, TermLog]) -> dict[str, Any]:
-        """What each function returned, or the exception it raised; async ones run together after the others."""
-        outcomes: dict[str, Any] = {}
-        pending: dict[str, Awaitable[Any]] = {}
-        try:
-            for name, function in self.functions.items():
-                outcomes[name] = None  # keeps the order of the terms
-                try:
-                    returned = call_reward(function, available_arguments(inputs, logs[name]))
-                except Exception as error:
-                    outcomes[name] = error
-                    continue
-                if inspect.isawaitable(returned):
-                    pending[name] = returned
-                else:
-                    outcomes[name] = returned
-        except BaseException:  # an interrupt: coroutines that never ran are closed, or they would complain
-            for awaitable in pending.values():
-                if inspect.iscoroutine(awaitable):
-                    awaitable.close()
-            raise
-        return outcomes | self._runner.gather(pending)
-
-    def _checked(self, name: str, outcome: Any, inputs: RewardInputs) -> list[Value]:
-        if isinstance(outcome, MissingArgumentError):
-            raise MissingArgumentError(f"{self._where(name, inputs)} {outcome}") from outcome
-        if isinstance(outcome, BaseException):
-            what = f" raised {type(outcome).__name__}: {outcome}{_location(outcome)}"
-            if isinstance(outcome, RewardError):  # a reward of the library says itself what is wrong
-                what = f": {outcome}"
-            raise RewardError(f"{self._where(name, inputs)}{what} (first prompt: {_head(inputs, 0)})") from outcome
-        try:
-            return checked_values(outcome, [len(ids) for ids in inputs.completion_ids])
-        except RowError as error:
-            where = f"{self._where(name, inputs)}, row {error.row} (prompt {_head(inputs, error.row)})"
-            raise RewardError(f"{where}: {error}") from error
-        except RewardError as error:
-            raise RewardError(f"{self._where(name, inputs)} {error} (first prompt: {_head(inputs, 0)})") from error
-        except Exception as error:  # a generator that raised
-            what = f"{type(error).__name__}: {error}{_location(error)}"
-            raise RewardError(
-                f"{self._where(name, inputs)} raised {what} (first prompt: {_head(inputs, 0)})"
-            ) from error
-
-    def _check_extras(self, name: str, log: TermLog, others: Mapping[str, Any], inputs: RewardInputs) -> None:
-        for column, values in log.extras.items():
-            if column in others:
-                raise RewardError(
-                    f"{self._where(name, inputs)} logs the column {column!r}, as another term does; rename it"
-                )
-            if len(values) != len(inputs):
-                raise RewardError(
-                    f"{self._where(name, inputs)} logged {len(values)} values as {column!r} for {len(inputs)} "
-                    "completions"
-                )
-        for metric in log.metrics:
-            if metric == "reward" or metric.startswith("reward/"):
-                raise RewardError(f"{self._where(name, inputs)} logs {metric!r}: reward/ is the library's, rename it")
+    def _reasons(self, name: str, batch: TermBatch, inputs: RewardInputs, first_row: int) -> list[str | None]:
+        """Why each row is unscored whose call failed, after a warning."""
+        reasons: list[str | None] = [None] * len(inputs)
+        failures = batch.failures
+        for number, (rows, failure) in enumerate(failures):
+            message = self._message(name, rows, failure, inputs, first_row)
+            for row in rows:
+                reasons[row] = message
+            if number < WARNINGS:
+                logger.warning("left unscored: %s", message)
+        if len(failures) > WARNINGS:
+            more = len(failures) - WARNINGS
+            logger.warning("left unscored: %d more calls of %s failed", more, self._where(name, inputs))
+        return reasons
 
     def _check_inputs(self, inputs: RewardInputs) -> None:
         """Every list has B entries; a column with a name of the library's own arguments is hidden, and said so once."""
@@ -209,15 +250,40 @@ class RewardHarness:
             + (f", step {step}" if step is not None else "")
         )
 
+    def _message(self, name: str, rows: Sequence[int], failure: CallError, inputs: RewardInputs, first_row: int) -> str:
+        """What failed, why, at which step and for which rows and prompt."""
+        where = self._where(name, inputs)
+        if failure.row is not None:
+            row = rows[failure.row]
+            return f"{where}, row {first_row + row} (prompt {_head(inputs, row)}){failure.what}"
+        first, last = first_row + rows[0], first_row + rows[-1]
+        which = f"row {first}, prompt" if len(rows) == 1 else f"rows {first} to {last}, first prompt"
+        return f"{where}{failure.what} ({which}: {_head(inputs, rows[0])})"
+
+
+class _Progress:
+    """Tells how far the scoring of a batch is, once it has taken a while."""
+
+    def __init__(self, tell: Callable[[int, int], None] | None, batches: Iterable[TermBatch]) -> None:
+        self._tell, self._batches = tell, list(batches)
+        self._total = sum(batch.rows for batch in self._batches)
+        self._due = time.monotonic() + SHOW_AFTER
+        self._shown = False
+
+    def report(self) -> None:
+        now = time.monotonic()
+        if self._tell is not None and now >= self._due:
+            self._due, self._shown = now + LOOK_EVERY, True
+            self._tell(sum(batch.rows_done for batch in self._batches), self._total)
+
+    def end(self) -> None:
+        """Take down what is shown."""
+        if self._tell is not None and self._shown:
+            self._tell(self._total, self._total)
+
 
 def _head(inputs: RewardInputs, row: int) -> str:
     """The beginning of a prompt, for messages."""
     prompt = inputs.prompts[row]
     text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content", "")) if prompt else ""
     return repr(text if len(text) <= 60 else text[:57] + "...")
-
-
-def _location(error: BaseException) -> str:
-    """Where in the user's code it was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""

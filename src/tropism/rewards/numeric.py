@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from tropism.errors import ConfigError, RewardError
+from tropism.rewards.raw import RowError
 from tropism.rewards.texts import plain_text
 
 MAX_DIGITS = 50
@@ -98,7 +99,7 @@ def number_answer(
                 continue
             wanted = _reference(reference, marker)
             if wanted is None:
-                raise RewardError(f"the column {column!r} of row {row} holds no number: {str(reference)[:60]!r}")
+                raise RowError(f"the column {column!r} holds no number: {_head(reference)}", row)
             answer = answer_of(plain_text(completion), marker)
             rewards.append(correct if answer is not None and abs(answer - wanted) <= Fraction(tolerance) else wrong)
         return rewards
@@ -108,4 +109,13 @@ def number_answer(
 
 def _reference(value: Any, marker: str | None) -> Fraction | None:
     """A reference in the data: a number, or a text that is read as a completion is."""
+    if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:  # Python refuses to write out very long ones
+        return None
     return answer_of(value if isinstance(value, str) else str(value), marker)
+
+
+def _head(value: Any) -> str:
+    """The beginning of a reference, for messages."""
+    if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:
+        return f"a whole number of more than {MAX_DIGITS} digits"
+    return repr(str(value)[:60])

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
-
-import torch
 
 from tropism.errors import RewardError
 
 Value = float | list[float] | None
 """The reward of one completion by one term: a number, one number per token, or None for no opinion."""
 
-_FP32_MAX = torch.finfo(torch.float32).max
+_NO_ROWS = (str, bytes, bytearray, memoryview, Mapping, set, frozenset)
+"""Iterable, and yet no list of rewards."""
+
+_FP32_MAX = 3.4028234663852886e38
+
+
+COUNTS = ("failed", "skipped", "timeouts", "retries", "cached")
+"""Calls that failed for good; completions left unscored by them; attempts that took too long; attempts made again;
+completions whose reward came from the cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +37,10 @@ class RawRewards:
     """Name -> every value given to ``log_metric``."""
     extras: Mapping[str, list[Any]] = field(default_factory=dict)
     """Column -> B values given to ``log_extra``."""
-    skipped: Mapping[str, int] = field(default_factory=dict)
-    """Term -> how many calls failed and were skipped (``on_error="skip"``)."""
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Term -> what happened to its calls, of ``COUNTS``; what is 0 is left out."""
+    errors: Mapping[str, list[str | None]] = field(default_factory=dict)
+    """Term of which a call failed (``on_error="skip"``) -> B reasons, None for rows that it scored."""
 
     def __len__(self) -> int:
         return len(next(iter(self.values.values())))
@@ -50,7 +60,7 @@ class RawRewards:
                 raise ValueError(f"cannot join rewards with different terms: {names} and {list(part.values)}")
         columns = sorted({column for part in parts for column in part.extras})
         metrics = sorted({name for part in parts for name in part.metrics})
-        skipped = [name for name in names if any(name in part.skipped for part in parts)]
+        failed = [name for name in names if any(name in part.errors for part in parts)]
         return cls(
             values={name: [value for part in parts for value in part.values[name]] for name in names},
             metrics={name: [value for part in parts for value in part.metrics.get(name, [])] for name in metrics},
@@ -58,8 +68,31 @@ class RawRewards:
                 column: [value for part in parts for value in part.extras.get(column, [None] * len(part))]
                 for column in columns
             },
-            skipped={name: sum(part.skipped.get(name, 0) for part in parts) for name in skipped},
+            counts={name: counts for name in names if (counts := _sums(part.counts.get(name, {}) for part in parts))},
+            errors={
+                name: [reason for part in parts for reason in part.errors.get(name, [None] * len(part))]
+                for name in failed
+            },
         )
+
+
+class ReturnError(RewardError):
+    """What a reward function returned cannot be used."""
+
+
+class RowError(ReturnError):
+    """An unusable reward of one completion, or input that a reward cannot score; ``row`` counts within the call."""
+
+    def __init__(self, message: str, row: int) -> None:
+        super().__init__(message)
+        self.row = row
+
+
+def _sums(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total = collections.Counter[str]()
+    for part in counts:
+        total.update(part)
+    return {name: total[name] for name in COUNTS if total[name]}
 
 
 def checked_values(returned: Any, token_counts: Sequence[int]) -> list[Value]:
@@ -71,37 +104,32 @@ def checked_values(returned: Any, token_counts: Sequence[int]) -> list[Value]:
         token_counts: [B] number of tokens of each completion.
 
     Raises:
-        RewardError: another type, another number of entries, or an entry that is not a finite number. The message
+        ReturnError: another type, another number of entries, or an entry that is not a finite number. The message
             says what was returned for which row and what to return; the caller adds function, step and prompt.
     """
     if returned is None:
-        raise RewardError("returned None; return a list with one reward per completion (is a `return` missing?)")
-    if isinstance(returned, (str, bytes, Mapping, set, frozenset)):
-        raise RewardError(f"returned a {type(returned).__name__}; return a list with one reward per completion")
-    entries = _plain(returned)
+        raise ReturnError("returned None; return a list with one reward per completion (is a `return` missing?)")
+    if isinstance(returned, _NO_ROWS):
+        raise ReturnError(f"returned a {type(returned).__name__}; return a list with one reward per completion")
+    entries, found = _plain(returned), ""
     if not isinstance(entries, (list, tuple)):
         try:
-            entries = list(entries)
+            rest = iter(entries)
         except TypeError:
-            raise RewardError(
+            raise ReturnError(
                 f"returned a single {type(returned).__name__}; return a list with one reward per completion"
             ) from None
+        entries = list(itertools.islice(rest, len(token_counts) + 1))  # what is left of it may never end
+        found = "more than " * (len(entries) > len(token_counts))
     if len(entries) != len(token_counts):
-        raise RewardError(
-            f"returned {len(entries)} rewards for {len(token_counts)} completions; return exactly one per completion, "
+        found = f"{found}{len(token_counts)}" if found else str(len(entries))
+        raise ReturnError(
+            f"returned {found} rewards for {len(token_counts)} completions; return exactly one per completion, "
             "None where it has no opinion"
         )
     return [
         _checked_row(entry, row, count) for row, (entry, count) in enumerate(zip(entries, token_counts, strict=True))
     ]
-
-
-class RowError(RewardError):
-    """An unusable reward of one completion."""
-
-    def __init__(self, message: str, row: int) -> None:
-        super().__init__(message)
-        self.row = row
 
 
 def _plain(value: Any) -> Any:

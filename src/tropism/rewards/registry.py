@@ -23,6 +23,7 @@ FACTORIES: dict[str, str] = {
     "repetition": "tropism.rewards.rules:repetition",
     "number_answer": "tropism.rewards.numeric:number_answer",
     "classifier": "tropism.rewards.classifier:classifier",
+    "remote": "tropism.rewards.remote:remote",
 }
 """Name -> where the factory is. Factories are imported when used: some need torch or an optional package."""
 
@@ -55,6 +56,17 @@ def register(name: str) -> Callable[[Registered], Registered]:
 def reward_names() -> list[str]:
     """Every name a recipe may use now, sorted."""
     return sorted({*FACTORIES, *_registered})
+
+
+def registered(name: str) -> Any:
+    """What ``register`` added under a name.
+
+    Raises:
+        ConfigError: nothing.
+    """
+    if name not in _registered:
+        raise ConfigError(f"unknown reward {name!r}. {closest(name, reward_names())}")
+    return _registered[name]
 
 
 def make_reward(name: str, args: Mapping[str, Any]) -> RewardFn:

@@ -22,11 +22,14 @@ logger = logging.getLogger("tropism")
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
-def resolve_reward(term: RewardTerm, *, allow_code: bool = False) -> RewardFn:
+def resolve_reward(term: RewardTerm, *, allow_code: bool = False, expected_digest: str | None = None) -> RewardFn:
     """The function of a reward term, with its ``args`` bound.
 
     A string with a colon refers to code and is refused unless ``allow_code``; what is imported is logged with its hash.
     The working directory is not put on ``sys.path``: a file is named as a file.
+
+    Args:
+        expected_digest: what ``code_digest`` gave in the process that announced the code; other code is refused.
 
     Raises:
         ConfigError: unknown name, code that is not allowed, cannot be found, cannot be imported or cannot be called.
@@ -39,20 +42,72 @@ def resolve_reward(term: RewardTerm, *, allow_code: bool = False) -> RewardFn:
         return bind_arguments(term.use, term.args, f"reward {term.name!r}")
     if ":" not in term.use:
         return make_reward(term.use, term.args)
-    if not allow_code:
+    check_allowed(term, allow_code=allow_code)
+    digest, path, content = _code_of(term.use)
+    if expected_digest is None:
+        _announce(digest, path)
+    elif digest != expected_digest:
+        raise ConfigError(f"the code of {term.use!r} has changed since the run began; start the run again")
+    return bind_arguments(_import_reference(term.use, path, content), term.args, f"reward {term.use!r}")
+
+
+def check_allowed(term: RewardTerm, *, allow_code: bool) -> None:
+    """Refuse a term that names code unless that is allowed."""
+    if isinstance(term.use, str) and ":" in term.use and not allow_code:
         raise ConfigError(
             f"the reward {term.use!r} runs code of your machine. If you trust it, allow it: --allow-code on the "
             "command line, allow_code=True in Python (or pass the function itself)."
         )
-    return bind_arguments(_import_reference(term.use), term.args, f"reward {term.use!r}")
 
 
-def _import_reference(reference: str) -> Any:
+def announce_code(reference: str) -> None:
+    """Log which file a reference runs, with its hash."""
+    digest, path, _ = _code_of(reference)
+    _announce(digest, path)
+
+
+def _announce(digest: str, path: Path | None) -> None:
+    if path is not None:
+        logger.warning("running reward code from %s (sha256 %s)", path, digest)
+
+
+def code_digest(reference: str) -> str:
+    """SHA-256 of the file that a code reference runs.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    return _code_of(reference)[0]
+
+
+def _code_of(reference: str) -> tuple[str, Path | None, bytes]:
+    """Hash, path and content of the file of a reference; no path for a module that is in no file."""
     source, _, attribute = reference.rpartition(":")
     if not _DOTTED.fullmatch(attribute):
         raise ConfigError(f"{reference!r}: expected module:function or file.py:function")
-    is_file = source.endswith(".py") or "/" in source or "\\" in source
-    module = _load_file(Path(source), reference) if is_file else _load_module(source, reference)
+    if not _names_file(source):
+        path = _module_file(source, reference)
+        content = b"" if path is None else path.read_bytes()
+        return hashlib.sha256(content).hexdigest(), path, content
+    path = Path(source)
+    try:
+        content = path.resolve(strict=True).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{reference!r}: cannot read {path} from {Path.cwd()}: {error.strerror or error}") from error
+    return hashlib.sha256(content).hexdigest(), path.resolve(), content
+
+
+def _names_file(source: str) -> bool:
+    return source.endswith(".py") or "/" in source or "\\" in source
+
+
+def _import_reference(reference: str, path: Path | None, content: bytes) -> Any:
+    source, _, attribute = reference.rpartition(":")
+    if _names_file(source):
+        assert path is not None
+        module = _load_file(path, content, reference)
+    else:
+        module = _load_module(source, reference)
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -64,14 +119,8 @@ def _import_reference(reference: str) -> Any:
     return found
 
 
-def _load_file(path: Path, reference: str) -> ModuleType:
-    try:
-        source = path.resolve(strict=True).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{reference!r}: cannot read {path} from {Path.cwd()}: {error.strerror or error}") from error
-    path = path.resolve()
-    digest = hashlib.sha256(source).hexdigest()
-    logger.warning("running reward code from %s (sha256 %s)", path, digest)
+def _load_file(path: Path, source: bytes, reference: str) -> ModuleType:
+    """The module that the content of a file makes: the very bytes that were hashed."""
     name = f"tropism_reward_{hashlib.sha256(str(path).encode() + source).hexdigest()[:16]}"
     if name in sys.modules:  # two terms of one file share its state
         return sys.modules[name]
@@ -79,14 +128,15 @@ def _load_file(path: Path, reference: str) -> ModuleType:
     module.__file__ = str(path)
     sys.modules[name] = module  # dataclasses and pickle look their module up here
     try:
-        exec(compile(source, str(path), "exec"), module.__dict__)  # the very bytes that were hashed
+        exec(compile(source, str(path), "exec"), module.__dict__)
     except Exception as error:
         del sys.modules[name]
         raise ConfigError(f"{reference!r}: importing {path} failed: {type(error).__name__}: {error}") from error
     return module
 
 
-def _load_module(name: str, reference: str) -> ModuleType:
+def _module_file(name: str, reference: str) -> Path | None:
+    """Where a module is, without importing it (its parents are)."""
     if not _DOTTED.fullmatch(name):
         raise ConfigError(f"{reference!r}: expected module:function or file.py:function")
     try:
@@ -98,9 +148,10 @@ def _load_module(name: str, reference: str) -> ModuleType:
             f"{reference!r}: there is no installed module {name!r}. Files of the working directory are named as files: "
             f"{name.replace('.', '/')}.py:{reference.rpartition(':')[2]}"
         )
-    if spec.origin and Path(spec.origin).is_file():
-        digest = hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
-        logger.warning("running reward code from %s (sha256 %s)", spec.origin, digest)
+    return Path(spec.origin) if spec.origin and Path(spec.origin).is_file() else None
+
+
+def _load_module(name: str, reference: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except Exception as error:

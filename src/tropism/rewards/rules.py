@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 
 import regex as timed_regex  # type: ignore[import-untyped]
 
-from tropism.errors import ConfigError, RewardError
+from tropism.errors import ConfigError
 from tropism.rewards.config import closest
+from tropism.rewards.raw import RowError
 from tropism.rewards.texts import plain_text
 
 Rule = Callable[..., list[float]]
@@ -140,10 +141,8 @@ def regex(pattern: str, match: RegexMatch = "fullmatch", reward: float = 1.0, ti
             try:
                 rewards.append(float(reward) if apply(plain_text(completion), timeout=timeout) else 0.0)
             except TimeoutError:
-                message = (
-                    f"the pattern {pattern!r} took more than {timeout} s on row {row}; simplify its nested repetitions"
-                )
-                raise RewardError(message) from None
+                message = f"the pattern {pattern!r} took more than {timeout} s; simplify its nested repetitions"
+                raise RowError(message, row) from None
         return rewards
 
     return reward_regex

@@ -18,6 +18,7 @@ class ProgressDisplay(Protocol):
     def step(self, step: int, numbers: Mapping[str, float]) -> None: ...
     def say(self, message: str) -> None: ...
     def stage(self, name: str) -> None: ...
+    def scoring(self, done: int, total: int) -> None: ...
 
 
 class Quiet:
@@ -25,6 +26,7 @@ class Quiet:
 
     def step(self, step: int, numbers: Mapping[str, float]) -> None: ...
     def stage(self, name: str) -> None: ...
+    def scoring(self, done: int, total: int) -> None: ...
 
     def say(self, message: str) -> None:
         Console(stderr=True).print(message, markup=False, emoji=False, highlight=False, soft_wrap=True)
@@ -43,6 +45,7 @@ class Live:
     def __init__(self, progress: Progress, task: int) -> None:
         self.progress = progress
         self.task = task
+        self.scoring_task: int | None = None
 
     def step(self, step: int, numbers: Mapping[str, float]) -> None:
         parts = [text.format(numbers[name]) for name, text in self.SHOWN if name in numbers]
@@ -50,6 +53,15 @@ class Live:
 
     def stage(self, name: str) -> None:
         self.progress.update(self.task, description=name)  # type: ignore[arg-type]
+
+    def scoring(self, done: int, total: int) -> None:
+        """A second bar while a slow reward works; it goes when all is done."""
+        if self.scoring_task is None:
+            self.scoring_task = self.progress.add_task("scoring", total=total, numbers="")
+        self.progress.update(self.scoring_task, completed=done)  # type: ignore[arg-type]
+        if done == total:
+            self.progress.remove_task(self.scoring_task)  # type: ignore[arg-type]
+            self.scoring_task = None
 
     def say(self, message: str) -> None:
         self.progress.console.print(message, markup=False, emoji=False, highlight=False, soft_wrap=True)
@@ -60,7 +72,7 @@ class Lines:
 
     def __init__(self, console: Console, total: int) -> None:
         self.console, self.total = console, total
-        self.last = 0.0
+        self.last = self.last_scored = 0.0
 
     def step(self, step: int, numbers: Mapping[str, float]) -> None:
         now = time.monotonic()
@@ -70,6 +82,12 @@ class Lines:
             self.console.print(f"step {step}/{self.total}  " + "  ".join(parts), highlight=False)
 
     def stage(self, name: str) -> None: ...
+
+    def scoring(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.last_scored >= 10:
+            self.last_scored = now
+            self.console.print(f"scored {done}/{total}", highlight=False)
 
     def say(self, message: str) -> None:
         self.console.print(message, markup=False, emoji=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,135 @@
+"""Rewards that misbehave in the middle of a run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from tiny_runs import Setting, assemble, execute, logged
+from tropism.errors import RewardError
+from tropism.rewards import RewardConfig
+from tropism.training.checkpoint import newest_complete
+from tropism.training.config import CheckpointConfig
+
+GRPO = Setting("grpo", False, "llama")
+
+
+def table_of(run: Path, step: int) -> dict[str, list[Any]]:
+    table: dict[str, list[Any]] = pq.read_table(run / "rollouts" / f"step-{step:06d}.parquet").to_pydict()
+    return table
+
+
+def test_unscored_rows_are_left_out_and_the_files_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def early(completions: list[str], prompts: list[str]) -> list[float]:
+        if prompts[0].startswith("a"):
+            raise OSError("no answer")
+        return [float(len(text)) for text in completions]
+
+    def by_token(completion_ids: list[list[int]]) -> list[list[float]]:
+        return [[0.0 for _ in ids] for ids in completion_ids]
+
+    terms = {"early": {"use": early, "rows_per_call": 1}, "steps": {"use": by_token, "weight": 0.0}}
+    data = [{"prompt": text, "source": number} for number, text in enumerate(["a cat", "oh", "we ran", "no"])]
+    reward = RewardConfig.of({"terms": terms, "on_error": "skip"})
+    assembly = assemble(GRPO, tmp_path / "run", data=data, reward=reward)
+    monkeypatch.setattr(assembly.harness, "dry_call", lambda inputs: None)
+    execute(assembly)
+    table = table_of(tmp_path / "run", 1)
+    broken = [prompt.startswith("a") for prompt in table["prompt"]]
+    assert any(broken) and not all(broken)
+    assert [value is None for value in table["reward/early"]] == broken == [value is None for value in table["reward"]]
+    assert [reason is not None for reason in table["error/early"]] == broken
+    row = broken.index(True)
+    assert (
+        f"row {row}, prompt: 'a cat'" in table["error/early"][row] and "OSError: no answer" in table["error/early"][row]
+    )
+    assert [table["advantage"][row] for row, bad in enumerate(broken) if bad] == [0.0] * sum(broken)
+    assert [data[int(number)]["prompt"] for number in table["column/source"]] == table["prompt"]
+    assert [len(values) for values in table["tokens/steps"]] == [len(ids) for ids in table["completion_ids"]]
+    (first, _) = logged(tmp_path / "run", "collect")
+    assert first["reward/early/skipped"] == first["reward/early/failed"] == sum(broken)
+    assert first["reward/unscored"] == sum(broken) / len(broken)
+
+
+def test_a_failure_names_the_step_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    def early(completions: list[str], trainer_state: Any) -> list[float]:
+        if trainer_state["step"] == 2:
+            raise OSError("no answer")
+        return [float(len(text)) for text in completions]
+
+    trainer = {"checkpoints": CheckpointConfig(every=1)}
+    assembly = assemble(GRPO, tmp_path / "run", reward=RewardConfig.of(early), total_steps=4, trainer=trainer)
+    with pytest.raises(
+        RewardError, match=r"reward 'early', step 2 raised OSError: no answer .*rows 0 to 7, first prompt"
+    ):
+        execute(assembly)
+    newest, _ = newest_complete(tmp_path / "run" / "checkpoints")
+    assert newest is not None and newest.name.startswith("step-000002")
+
+
+def test_a_hang_ends_a_run_or_leaves_rows_unscored(tmp_path: Path) -> None:
+    def early(completions: list[str], trainer_state: Any) -> list[float]:
+        while trainer_state["step"] == 1:
+            pass
+        return [float(len(text)) for text in completions]
+
+    for on_error in ("raise", "skip"):
+        reward = RewardConfig.of({"use": early, "timeout": 0.5, "on_error": on_error})
+        assembly = assemble(GRPO, tmp_path / on_error, reward=reward)
+        began = time.monotonic()
+        if on_error == "raise":
+            with pytest.raises(RewardError, match=r"step 1 took longer than its timeout of 0.5 s"):
+                execute(assembly)
+        else:
+            execute(assembly)
+            assert table_of(tmp_path / on_error, 2)["reward/early"] == [None] * 8
+            assert logged(tmp_path / on_error, "collect")[1]["reward/early/timeouts"] == 1.0
+        assert time.monotonic() - began < 60
+        assembly.harness.close()  # type: ignore[union-attr]
+
+
+def test_a_run_with_workers_is_the_run_without(tmp_path: Path) -> None:
+    def early(completions: list[str]) -> list[float]:
+        return [sum(letter in "abcdefghijklm" for letter in text) / max(1, len(text)) for text in completions]
+
+    lines = []
+    for name, how in (("here", {}), ("there", {"timeout": 30, "rows_per_call": 3, "concurrency": 2})):
+        assembly = execute(assemble(GRPO, tmp_path / name, reward=RewardConfig.of({"use": early, **how})))
+        lines.append((tmp_path / name / "metrics.jsonl").read_bytes())
+        assembly.harness.close()  # type: ignore[union-attr]
+    assert lines[0] == lines[1]
+
+
+def test_a_cache_changes_nothing_but_how_long_it_takes(tmp_path: Path) -> None:
+    reward = RewardConfig.of({"use": "length", "args": {"target": 4}, "cache": str(tmp_path / "cache.db")})
+    for name in ("first", "second"):
+        execute(assemble(GRPO, tmp_path / name, reward=reward))
+    first, second = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("first", "second"))
+    assert first == second
+    timings = [json.loads(line) for line in (tmp_path / "second" / "timings.jsonl").read_text().splitlines()]
+    assert [line["throughput/cached/length"] for line in timings if line["kind"] == "collect"] == [8.0, 8.0]
+
+
+def test_messages_count_rows_over_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share of a second process begins in the middle of the batch."""
+
+    def early(completions: list[str]) -> list[float]:
+        return [1.0, float("nan"), *[1.0] * (len(completions) - 2)]
+
+    held_out = ["a cat sat.", "we ran.", "oh", "no"]
+    assembly = assemble(GRPO, tmp_path / "run", reward=RewardConfig.of(early), eval_data=held_out)
+    sampled = assembly.trainer.source._sample(assembly.prompts[:4])  # type: ignore[attr-defined]
+
+    def second_half(items: Sequence[Any]) -> tuple[int, Sequence[Any]]:
+        return len(items) // 2, items[len(items) // 2 :]
+
+    prompts = [prompt for prompt in assembly.prompts[:4] for _ in range(2)]
+    monkeypatch.setattr(assembly.processes, "share", second_half)
+    with pytest.raises(RewardError, match=r"row 5 "):
+        assembly.trainer.source._score(sampled, prompts, {"step": 0})  # type: ignore[attr-defined]
