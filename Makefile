@@ -6,11 +6,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+TOOLS := .tools
+LOCK := $(TOOLS)/bin/uv pip compile --quiet --no-config --no-annotate --generate-hashes --python-version 3.11 \
+	--custom-compile-command "make lock"
+PINNED := $(shell sed -n 's/^\([A-Za-z0-9._-]*\)==.*/\1/p' constraints.txt)
 ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo dev test test-slow bench format lint type docs clean
+.PHONY: help demo dev test fuzz mutants test-slow bench format lint type docs lock sbom audit clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +26,12 @@ dev: $(VENV)/.dev ## Set up the environment for working on the library.
 
 test: $(VENV)/.dev ## Run every test that is not slow; ARGS="tests/ops -k gae" narrows it.
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: $(VENV)/.dev ## Feed the readers and the recipe parser EXAMPLES=20000 new hostile inputs per test, for minutes to hours.
+	TROPISM_FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/python -m pytest tests/fuzz $(ARGS)
+
+mutants: $(VENV)/.dev ## Make deliberate mistakes in the numeric core, one by one, and check that the tests notice; ARGS="KL" narrows it.
+	$(BIN)/python tests/mutations $(ARGS)
 
 test-slow: $(VENV)/.dev $(VENV)/.demo ## Run the slow tests too, with the real demo model.
 	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
@@ -43,28 +53,41 @@ type: $(VENV)/.dev ## Check types, strictly.
 docs: $(VENV)/.dev ## Check the links, anchors and code of the documentation.
 	$(BIN)/python -m pytest tests/docs $(ARGS)
 
+lock: $(TOOLS)/.done ## Write requirements.lock and requirements-cuda.lock, with hashes, from constraints.txt; needs a network.
+	$(LOCK) --no-deps constraints.txt --output-file requirements.lock >/dev/null
+	@# The libraries that the ordinary Linux build of torch needs on top, which constraints.txt leaves to torch.
+	@echo "$(TORCH)" | $(LOCK) --python-platform x86_64-unknown-linux-gnu --constraint constraints.txt \
+		$(PINNED:%=--no-emit-package %) - --output-file requirements-cuda.lock >/dev/null
+
+sbom: $(TOOLS)/.done ## Write sbom.json, a CycloneDX list of everything that is pinned.
+	$(TOOLS)/bin/cyclonedx-py requirements --pyproject pyproject.toml --mc-type library --output-reproducible \
+		--output-format JSON --output-file sbom.json requirements.lock
+
+audit: $(TOOLS)/.done ## Look for known security faults in everything that is pinned; needs a network.
+	$(TOOLS)/bin/pip-audit --require-hashes --disable-pip --requirement requirements.lock $(ARGS)
+
 clean: ## Remove .venv and everything that was built; runs stay.
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(TOOLS) sbom.json build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf src/*.egg-info
 
 # Each stamp names one set of packages; a change of the pinned versions or of pyproject.toml installs it anew.
 
-$(VENV)/.torch: constraints.txt
-	@if ! test -x $(BIN)/python; then \
-		found=; \
-		for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
-			if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
-				found="$$python"; break; \
-			fi; \
-		done; \
-		if test -z "$$found"; then \
-			echo "tropism needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python" >&2; exit 1; \
+$(BIN)/python:
+	@found=; \
+	for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			found="$$python"; break; \
 		fi; \
-		echo "making $(VENV) with $$found ($$("$$found" --version))"; \
-		"$$found" -m venv $(VENV) || { rm -rf $(VENV); \
-			echo "this Python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; \
-	fi
+	done; \
+	if test -z "$$found"; then \
+		echo "tropism needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python" >&2; exit 1; \
+	fi; \
+	echo "making $(VENV) with $$found ($$("$$found" --version))"; \
+	"$$found" -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "this Python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+$(VENV)/.torch: constraints.txt | $(BIN)/python
 	@# The ordinary Linux build of torch brings gigabytes of CUDA libraries, so the CPU build is tried first where there is
 	@# no NVIDIA GPU. It comes without its dependencies, which the next step takes from the ordinary index.
 	@if test "$$(uname -s)" = Linux && ! command -v nvidia-smi >/dev/null; then \
@@ -82,4 +105,10 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev,parity]"
+	@touch $@
+
+# Tools that are no part of the library's environment, so that what they need cannot get in its way.
+$(TOOLS)/.done: requirements-tools.txt | $(BIN)/python
+	$(BIN)/python -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip --disable-pip-version-check install --quiet --requirement requirements-tools.txt
 	@touch $@

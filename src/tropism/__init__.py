@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# The libraries below read these when they are imported: no telemetry, no count of loaded data sets, and no request to a
+# third party to convert the weights of a hub model. What the user has set stays.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 if TYPE_CHECKING:
     from tropism.algorithms import ALGORITHMS, GRPO, PPO, RLOO, SFT, Critic, KLControl, MissingEos

@@ -12,7 +12,8 @@ from importlib import import_module
 
 from tropism import __version__
 from tropism.commands import COMMANDS
-from tropism.errors import TropismError
+from tropism.errors import ConfigError, TropismError
+from tropism.training.interrupt import ProcessLostError, sigterm_raises
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,26 +24,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
-    given = [argument for argument in given if argument != "--debug"]
-    if not given or given[0] in ("-h", "--help", "help"):
-        _show_help()
-        return 0
-    if given[0] == "--version":
-        sys.stdout.write(f"tropism {__version__}\n")
-        return 0
-    name, *rest = given
-    if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        _tell_error(f"there is no command {name!r}; {hint}The commands are: {', '.join(COMMANDS)}")
-        return 2
-    _log_to_terminal(debug=debug)
-    return _run(name, rest, debug=debug)
-
-
-def _run(name: str, arguments: list[str], *, debug: bool) -> int:
     try:
-        import_module(f"tropism.commands.{name}").run(arguments)
+        from tropism.commands.console import guarded_output
+
+        with guarded_output():
+            code = _run([argument for argument in given if argument != "--debug"], debug=debug)
+    except OSError as error:  # from the last flush; standard error is all that is left
+        _tell_error(f"the output cannot be written: {error.strerror or error}")
+        _forget_unwritten_output()
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _run(given: list[str], *, debug: bool) -> int:
+    try:
+        with sigterm_raises():
+            _dispatch(given, debug=debug)
     except TropismError as error:
         if debug:
             traceback.print_exc()
@@ -53,20 +52,75 @@ def _run(name: str, arguments: list[str], *, debug: bool) -> int:
         if number is None:
             _tell_error("interrupted")
         return 128 + (number or 2)
-    except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except SystemExit as end:  # the parser of the command's options has printed its help or its complaint
         return end.code if isinstance(end.code, int) else 0 if end.code is None else 2
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        _tell_error(_os_message(error) + _debug_hint(debug))
+        return 2
     except Exception as error:
         if debug:
             traceback.print_exc()
         reason = " ".join(str(error).split())
         shown = reason if len(reason) <= 500 else reason[:497] + "..."
-        hint = "" if debug else "; run it again with --debug for the traceback"
-        _tell_error(f"{type(error).__name__}: {shown}{hint}")
+        # All processes tell of one that is lost: it may have been the one that tells everything else.
+        everywhere = isinstance(error, ProcessLostError)
+        _tell_error(f"{type(error).__name__}: {shown}{_debug_hint(debug)}", everywhere=everywhere)
         return 1
     return 0
+
+
+def _dispatch(given: list[str], *, debug: bool) -> None:
+    """Find the command and run it."""
+    if not given or given[0] in ("-h", "--help", "help"):
+        _show_help()
+        return
+    if given[0] == "--version":
+        from tropism.commands.console import console
+
+        console().print(f"tropism {__version__}")
+        return
+    _refuse_secrets(given)
+    name, *rest = given
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ConfigError(f"there is no command {name!r}; {hint}The commands are: {', '.join(COMMANDS)}")
+    _log_to_terminal(debug=debug)
+    import_module(f"tropism.commands.{name}").run(rest)
+
+
+def _refuse_secrets(given: Sequence[str]) -> None:
+    """Command lines can be read by every user of the machine, and stay in the shell's history."""
+    from tropism.redaction import find_secret
+
+    for number, word in enumerate(given, start=1):
+        found = find_secret(word)
+        if found is not None:
+            raise ConfigError(
+                f"word {number} of the command line holds {found[1]}. Others can read command lines: take it out, and "
+                "set it in the environment (HF_TOKEN for the hub, or `hf auth login`; your own code reads os.environ)"
+            )
+
+
+def _os_message(error: OSError) -> str:
+    """What could not be read or written, and why."""
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.filename is None:
+        return f"a file cannot be read or written: {reason}"
+    return f"{error.filename}: {reason}; check the path, its permissions and the space left"
+
+
+def _debug_hint(debug: bool) -> str:
+    return "" if debug else "; run it again with --debug for the traceback"
+
+
+def _forget_unwritten_output() -> None:
+    """Python would try once more to write it when it ends, fail, and print a traceback."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _show_help() -> None:
@@ -84,10 +138,10 @@ def _show_help() -> None:
     out.print("\nEvery command takes --debug, which shows tracebacks and more messages. Begin with: tropism demo")
 
 
-def _tell_error(message: str) -> None:
+def _tell_error(message: str, *, everywhere: bool = False) -> None:
     from tropism.commands.console import tell
 
-    tell(message, label="error: ", style="bold red")
+    tell(message, label="error: ", style="bold red", everywhere=everywhere)
 
 
 class _Terminal(logging.Handler):

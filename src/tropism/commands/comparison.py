@@ -15,6 +15,8 @@ from tropism.evaluation.summary import SamplePair, Summary, summary_rows
 
 WIDE = 105
 """Columns from which a number and its interval stand on one line."""
+MOST_CHARACTERS = 2000
+"""Of one prompt or completion."""
 
 
 def show_summary(out: Console, summary: Summary, *, before: str = "before", after: str = "after") -> None:
@@ -27,21 +29,27 @@ def show_summary(out: Console, summary: Summary, *, before: str = "before", afte
     between = " " if out.width >= WIDE else "\n"
     for label, *texts in summary_rows(summary):
         values = [text.replace(" [", f"{between}[") for text in texts]
-        table.add_row(label, *values[: len(columns)])
+        table.add_row(printable(label), *values[: len(columns)])
     out.print(table)
     if summary.after:
         for caution in summary.cautions:
-            out.print(Text.assemble(("note: ", "yellow"), caution))
+            out.print(Text.assemble(("note: ", "yellow"), printable(caution)))
 
 
 def show_pairs(out: Console, pairs: Sequence[SamplePair]) -> None:
     """Completions of the same prompts before and after."""
     for pair in pairs:
-        out.print(Text(f"\n{printable(pair.prompt)}", "bold"))
+        out.print(Text(f"\n{_short(pair.prompt)}", "bold"))
         for label, text, reward in (
             ("before", pair.before, pair.reward_before),
             ("after", pair.after, pair.reward_after),
         ):
             score = f"{reward:+.2f}" if math.isfinite(reward) else "unscored"
-            line = Text.assemble((f"{label:<7}{score:>6}  ", "dim"), printable(" ".join(text.split())))
+            line = Text.assemble((f"{label:<7}{score:>6}  ", "dim"), _short(" ".join(text.split())))
             out.print(Padding(line, (0, 0, 0, 2)))
+
+
+def _short(text: str) -> str:
+    """The text for reading on a terminal, cut where it is very long."""
+    cut = len(text) > MOST_CHARACTERS
+    return printable(text[:MOST_CHARACTERS]) + (f" ... (cut here: {len(text)} characters)" if cut else "")

@@ -20,6 +20,7 @@ from tropism.commands.recipe_arguments import (
     with_overrides,
 )
 from tropism.errors import ConfigError, ModelError
+from tropism.storage import writing
 
 if TYPE_CHECKING:
     from tropism.config import Recipe
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from tropism.types import Prompt
 
 Table = dict[str, list[Any]]
+_NO_JSON = (float("inf"), -float("inf"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,8 +220,10 @@ def _write(path: Path, tables: dict[str, Table]) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        pq.write_table(pa.table(rows), path)
+        with writing(path):
+            pq.write_table(pa.table(rows), path)
     else:
         lines = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
-        clean = [{k: None if v != v else v for k, v in line.items()} for line in lines]
-        path.write_text(json.dumps(clean, ensure_ascii=False, indent=1), encoding="utf-8")
+        clean = [{k: None if v in _NO_JSON or v != v else v for k, v in line.items()} for line in lines]
+        with writing(path):
+            path.write_text(json.dumps(clean, ensure_ascii=False, indent=1), encoding="utf-8")

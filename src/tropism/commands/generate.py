@@ -81,11 +81,23 @@ def run(arguments: Sequence[str]) -> None:
             out.print(Padding(Text(printable(completion.strip(" "))), (0, 0, 1, 4)))
 
 
+def _lines_of_input() -> list[str]:
+    if sys.stdin is None:  # closed before the program began
+        return []
+    try:
+        text = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"standard input is not {error.encoding} text (byte {error.start}); give it as UTF-8"
+        ) from error
+    return [line for line in text.removeprefix("\ufeff").split("\n") if line.strip()]
+
+
 def _texts(prompts: Sequence[str]) -> list[str]:
     texts: list[str] = []
     for prompt in prompts:
         if prompt == "-":
-            texts += [line.rstrip("\n") for line in sys.stdin if line.strip()]
+            texts += _lines_of_input()
         else:
             texts.append(prompt)
     if not texts:

@@ -102,6 +102,7 @@ def _show_prompts(
     """Prompts, each with a few sampled tokens, so that the mask of what is learned can be seen."""
     from dataclasses import replace
 
+    from tropism.data.files import shown as described
     from tropism.models.policy import Policy
     from tropism.rollouts.engine import EmbeddedSampler
     from tropism.rollouts.randomness import StreamKey
@@ -120,7 +121,8 @@ def _show_prompts(
         _show_text(out, index, prompt.text)
         _show_tokens(out, loaded, tokens, tokens.completion_mask, index, options.tokens)
         for name, value in prompt.columns.items():
-            out.print(Text.assemble((f"  {name}: ", "cyan"), printable(repr(value)[:300])), soft_wrap=True)
+            label, value_text = printable(f"  {name[:60]}: "), printable(described(value, 300))
+            out.print(Text.assemble((label, "cyan"), value_text), soft_wrap=True)
 
 
 def _show_demonstrations(

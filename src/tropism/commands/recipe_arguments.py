@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tropism.errors import ConfigError
+from tropism.foreign.trust import refuse_trust
 from tropism.schema import apply_overrides, read_yaml
 
 SHORTHANDS = {"algorithm": "name", "model": "name", "data": "path", "eval_data": "path", "reward": "use"}
@@ -41,6 +42,8 @@ def take_apart(arguments: Sequence[str], flags: Mapping[str, str]) -> Words:
             found.add(flags[word])
         elif not word.startswith("-"):
             sources.append(word)
+        elif not word.startswith("--"):
+            raise ConfigError(f"there is no option {word}; fields of the recipe are set by --dotted.key VALUE")
         else:
             key, equals, value = word.partition("=")
             overrides.append(_field_key(key) + equals + value)
@@ -56,13 +59,20 @@ def _field_key(option: str) -> str:
 
 
 def with_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The mapping with the overrides in it; ``--algorithm.kl_coef 0`` keeps the name of ``algorithm: grpo``."""
+    """The mapping of a file with the overrides in it; ``--algorithm.kl_coef 0`` keeps the name of ``algorithm: grpo``.
+
+    Raises:
+        ConfigError: an override that cannot be, or a file that lets a model's code run where no override does.
+    """
     keys = [word[2:].partition("=")[0] for word in overrides if word.startswith("--")]
     merged = dict(mapping)
     for section, field in SHORTHANDS.items():
         if isinstance(merged.get(section), str) and any(key.startswith(f"{section}.") for key in keys):
             merged[section] = {field: merged[section]}
-    return apply_overrides(merged, overrides)
+    merged = apply_overrides(merged, overrides)
+    if not {"model", "model.trust_remote_code"} & set(keys):
+        refuse_trust(merged, "the recipe")
+    return merged
 
 
 def run_recipe_mapping(folder: Path) -> dict[str, Any]:

@@ -73,7 +73,8 @@ def run(arguments: Sequence[str]) -> None:
         if profile:
             assembled.profile_a_step()
         assembled.check()
-        _show_dry_run(assembled)
+        if assembled.processes.is_main:
+            _show_dry_run(assembled)
         return
     if recipe.run is None:
         recipe = replace(recipe, run=str(free_run(recipe.algorithm.name)))
@@ -90,7 +91,7 @@ def with_interrupts_told(train: Any, folder: Path) -> Any:
     except Interrupted:
         from tropism.training.checkpoint import newest_complete
 
-        newest, _ = newest_complete(folder / "checkpoints")
+        newest, _ = newest_complete(folder / "checkpoints", hashes=False)
         if newest is None:
             tell(f"nothing is saved in {folder}", label="interrupted: ", style="bold yellow")
         else:
@@ -135,6 +136,9 @@ def _help(words: Words) -> None:
 def _show_dry_run(assembled: Any) -> None:
     recipe: Recipe = assembled.recipe
     out = console()
+    resumption = assembled.resumption
+    for line in [] if resumption is None else [resumption.end] if resumption.finished else resumption.lines:
+        out.print(line, soft_wrap=True)
     out.print(recipe.to_yaml(), soft_wrap=True)
     trained = sum(p.numel() for p in assembled.policy.parameters() if p.requires_grad)
     weights = sum(p.numel() for p in assembled.policy.parameters())
@@ -160,7 +164,8 @@ def _show_dry_run(assembled: Any) -> None:
     ]
     out.print("\n".join(facts))
     out.print(_memory_table(assembled.memory))
-    out.print("Everything checked: ready to train.")
+    finished = resumption is not None and resumption.finished
+    out.print("Everything checked: " + ("nothing is left to do." if finished else "ready to train."))
 
 
 def _memory_table(report: MemoryReport) -> Table:

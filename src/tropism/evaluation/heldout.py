@@ -11,6 +11,7 @@ from tropism.algorithms.base import Scorer
 from tropism.data.demonstrations import Demonstration, collate_demonstrations
 from tropism.evaluation.text_quality import distinct_n
 from tropism.ops import kl_k1, masked_sum
+from tropism.redaction import redact_values
 from tropism.rewards import RewardHarness
 from tropism.rollouts.config import Sampling
 from tropism.rollouts.protocol import Sampler
@@ -50,14 +51,21 @@ class RewardEvaluation:
     def __call__(self, step: int) -> tuple[Metrics, Table]:
         """Metrics, and one row per prompt in the order of the prompts."""
         first, mine = self.processes.share(self.prompts)
-        parts: list[Rollouts] = []
-        if mine:
+
+        def sample() -> list[Rollouts]:
+            if not mine:
+                return []
             key = StreamKey(seed=self.seed, purpose="evaluation")
             with self.processes.accelerator.autocast():
-                parts.append(self.sampler.generate(self.policy, mine, self.sampling, key=key, first_index=first))
-        rollouts = Rollouts.concat(self.processes.gather(parts)).to("cpu")
+                own = self.sampler.generate(self.policy, mine, self.sampling, key=key, first_index=first)
+            return [own.to("cpu")]
+
+        with self.policy.whole():
+            parts = self.processes.together(sample)
+        rollouts = Rollouts.concat([rollouts for part in parts for rollouts in part])
         inputs = self.transcribe(rollouts, self.prompts, {"step": step})
-        raw = self.processes.gather([self.harness.evaluate(inputs.rows(first, first + len(mine)))] if mine else [])
+        own = inputs.rows(first, first + len(mine))
+        raw = self.processes.together(lambda: self.harness.evaluate(own, first_row=first))
         lengths, width = rollouts.completion_lengths, rollouts.completion_ids.shape[1]
         merged = type(raw[0]).concat(raw)
         rewards = self.harness.combine(merged, lengths, width, update_moments=False, unscaled=True)
@@ -73,6 +81,10 @@ class RewardEvaluation:
             "eval/eos_fraction": sum(reason == "eos" for reason in rollouts.finish_reasons) / len(rollouts),
             "eval/distinct_2": distinct_n(completions, 2),
             **{f"eval/reward/{name}": float(values.nanmean()) for name, values in rewards.terms.items()},
+            **{
+                f"eval/reward/{name}/skipped": float(sum(reason is not None for reason in reasons))
+                for name, reasons in rewards.errors.items()
+            },
         }
         if self.reference is not None:
             metrics["eval/sequence_kl"] = float(kl.mean())
@@ -84,6 +96,7 @@ class RewardEvaluation:
             "sequence_kl": kl.tolist(),
             "finish_reason": list(rollouts.finish_reasons),
             **{f"reward/{name}": values.tolist() for name, values in rewards.terms.items()},
+            **{f"error/{name}": redact_values(reasons) for name, reasons in rewards.errors.items()},
         }
         return metrics, table
 

@@ -27,7 +27,7 @@ from tropism.evaluation.plots import (
     reward_kl_picture,
     training_curve,
 )
-from tropism.evaluation.run_folder import RunData
+from tropism.evaluation.run_folder import RunData, is_finite
 from tropism.evaluation.summary import (
     KL_FAR,
     KL_LIMIT,
@@ -40,6 +40,7 @@ from tropism.evaluation.summary import (
     summarise,
     summary_rows,
 )
+from tropism.storage import writing
 
 __all__ = ["Summary", "reward_kl_picture", "sample_pairs", "summarise", "summary_rows", "write_report"]
 
@@ -50,6 +51,10 @@ MOST_CHARACTERS = 4000
 """Of one prompt or completion; what is longer is cut, and says so."""
 MOST_MESSAGES = 200
 """Of the warnings; the first ones are shown."""
+MOST_CURVES = 200
+"""Of the metrics that have no curve of their own above."""
+MOST_OF_RECIPE = 100_000
+"""Characters of the recipe."""
 MAIN_CURVES: tuple[tuple[str, str, Column | None, str | None], ...] = (
     ("Reward", "reward/mean", "rewards", "eval/reward"),
     ("Sequence KL to the reference (nats)", "policy/sequence_kl", "sequence_kl", "eval/sequence_kl"),
@@ -77,12 +82,19 @@ def write_report(folder: str | Path) -> Path:
 
     Raises:
         DataError: it is no run folder, or what is in it cannot be read or compared.
+        StorageError: the report cannot be written.
     """
     run = RunData.read(folder)
     path = run.folder / "report.html"
     unfinished = run.folder / f".report-{os.getpid()}.html"
-    unfinished.write_text(_render(run), encoding="utf-8", errors="replace")
-    unfinished.replace(path)
+    page = _render(run).encode("utf-8", errors="replace")
+    with writing(path, needed=len(page)):
+        try:
+            unfinished.write_bytes(page)
+            unfinished.replace(path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
     return path
 
 
@@ -94,6 +106,7 @@ def _render(run: RunData) -> str:
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     summary = summarise(run) if run.evaluations else None
+    shown_warnings = run.warnings[:MOST_MESSAGES]
     pairs = [_pair_view(pair) for pair in sample_pairs(run, count=MOST_PAIRS)] if summary else []
     return environment.get_template("report.html.j2").render(
         name=run.folder.resolve().name,
@@ -107,10 +120,10 @@ def _render(run: RunData) -> str:
         curves=_main_curves(run),
         more_curves=_more_curves(run),
         distribution=_distribution(run),
-        warnings=run.warnings[:MOST_MESSAGES],
+        warnings=[{name: _plain(line.get(name, "")) for name in ("step", "message")} for line in shown_warnings],
         more_warnings=max(0, len(run.warnings) - MOST_MESSAGES),
-        environment={name: _plain(value) for name, value in run.environment.items()},
-        recipe=run.recipe,
+        environment={_cut(name): _plain(value) for name, value in list(run.environment.items())[:MOST_MESSAGES]},
+        recipe=_cut(run.recipe, MOST_OF_RECIPE),
         style=style,
         script=script,
         style_hash=_hash(style),
@@ -128,14 +141,14 @@ def _hash(text: str) -> str:
 
 
 def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return _cut(value if isinstance(value, str) else json.dumps(value))
 
 
 def _counters(run: RunData) -> list[tuple[str, str]]:
     """Steps, updates, samples, tokens and time so far, from the last line that holds each."""
     counters = []
     for name in ("step", "updates", "samples", "tokens", "seconds"):
-        values = [line[name] for line in run.metrics if isinstance(line.get(name), int | float)]
+        values = [line[name] for line in run.metrics if is_finite(line.get(name))]
         if values:
             last = float(values[-1])
             text = f"{int(last // 60)} min {int(last % 60)} s" if name == "seconds" else f"{last:,.0f}"
@@ -194,12 +207,12 @@ def _pair_view(pair: SamplePair) -> dict[str, str]:
     }
 
 
-def _cut(text: str) -> str:
+def _cut(text: str, most: int = MOST_CHARACTERS) -> str:
     """The text for reading: without blanks around it, and cut where it is very long."""
     shown = text.strip(" ")
-    if len(shown) <= MOST_CHARACTERS:
+    if len(shown) <= most:
         return shown
-    return f"{shown[:MOST_CHARACTERS]} ... (cut here: {len(shown)} characters)"
+    return f"{shown[:most]} ... (cut here: {len(shown)} characters)"
 
 
 def _main_curves(run: RunData) -> list[dict[str, Any]]:
@@ -243,7 +256,10 @@ def _more_curves(run: RunData) -> list[dict[str, str]]:
     shown = {name for curve in MAIN_CURVES for name in curve[1::2]} | {curve[3] for curve in MAIN_CURVES}
     every: Sequence[str] = ("update", "collect", "evaluation")
     names = [name for name in run.names(every) if name not in shown and not name.startswith("best/")]
-    return [{"title": name, "svg": line_chart(training_curve(*run.series(name, every)), title=name)} for name in names]
+    return [
+        {"title": name, "svg": line_chart(training_curve(*run.series(name, every)), title=name)}
+        for name in names[:MOST_CURVES]
+    ]
 
 
 def _distribution(run: RunData) -> str:

@@ -20,6 +20,11 @@ from numpy.typing import NDArray
 from tropism.errors import DataError
 
 _EVALUATION_FILE = re.compile(r"step-(\d+)\.parquet")
+LARGEST = 1e100
+"""Numbers beyond count as infinite: sums and squares of them would be."""
+_MOST_ROWS = 1_000_000
+_MOST_BYTES = 2**30
+_LONGEST_NAME = 200
 _COLUMNS = ("prompt", "completion", "reward", "length", "sequence_kl", "finish_reason")
 
 
@@ -92,13 +97,14 @@ class RunData:
     @property
     def best_step(self) -> int | None:
         """The step of the best checkpoint: the last ``best/step`` that the metrics record, if any."""
-        recorded = [line["best/step"] for line in self.metrics if _finite(line.get("best/step"))]
+        recorded = [line["best/step"] for line in self.metrics if is_finite(line.get("best/step"))]
         return int(recorded[-1]) if recorded else None
 
     def names(self, kinds: Sequence[str] = ("update", "collect")) -> list[str]:
         """Names of the metrics (those with a slash) that lines of these kinds hold, in alphabetical order."""
         lines = (line for line in self.metrics if line.get("kind") in kinds)
-        return sorted({name for line in lines for name, value in line.items() if "/" in name and _finite(value)})
+        every = {name for line in lines for name, value in line.items() if "/" in name and is_finite(value)}
+        return sorted(name for name in every if len(name) <= _LONGEST_NAME)
 
     def series(
         self, name: str, kinds: Sequence[str] = ("update", "collect")
@@ -109,14 +115,15 @@ class RunData:
         """
         by_step: dict[float, list[float]] = {}
         for line in self.metrics:
-            if line.get("kind") in kinds and _finite(line.get("step")) and _finite(line.get(name)):
+            if line.get("kind") in kinds and is_finite(line.get("step")) and is_finite(line.get(name)):
                 by_step.setdefault(float(line["step"]), []).append(float(line[name]))
         steps = sorted(by_step)
         return np.array(steps, dtype=float), np.array([np.mean(by_step[step]) for step in steps], dtype=float)
 
 
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def is_finite(value: object) -> bool:
+    """Whether a value of a metrics file is a number that can be drawn and averaged."""
+    return isinstance(value, int | float) and abs(value) <= LARGEST
 
 
 def _check_run_folder(path: Path) -> None:
@@ -187,9 +194,18 @@ def _read_parquet(path: Path) -> dict[str, list[Any]] | None:
     import pyarrow  # here, so that importing the package stays fast
     import pyarrow.parquet
 
+    if not path.is_file():
+        raise DataError(f"{path}: no regular file; take it away")
     try:
+        metadata = pyarrow.parquet.read_metadata(path)
+        size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+        if metadata.num_rows > _MOST_ROWS or size > _MOST_BYTES:
+            raise DataError(
+                f"{path}: {metadata.num_rows:,} rows in {size:,} bytes, more than any evaluation has; it is "
+                "damaged, or no evaluation"
+            )
         columns: dict[str, list[Any]] = pyarrow.parquet.read_table(path).to_pydict()
-    except (pyarrow.ArrowInvalid, OSError):
+    except (pyarrow.ArrowException, OSError):
         return None
     return columns
 
@@ -198,19 +214,28 @@ def _evaluation(step: int, columns: Mapping[str, list[Any]], path: Path) -> Eval
     missing = [name for name in _COLUMNS if name not in columns]
     if missing:
         raise DataError(f"{path}: the column {missing[0]!r} is missing; it has {sorted(columns)}")
-    terms = {name.removeprefix("reward/"): _floats(columns[name]) for name in columns if name.startswith("reward/")}
+
+    def floats(name: str) -> NDArray[np.float64]:
+        return _floats(columns[name], f"{path}: the column {name!r:.80}")
+
+    terms = {name.removeprefix("reward/"): floats(name) for name in columns if name.startswith("reward/")}
     return Evaluation(
         step=step,
         prompts=[str(value) for value in columns["prompt"]],
         completions=[str(value) for value in columns["completion"]],
-        rewards=_floats(columns["reward"]),
-        lengths=_floats(columns["length"]),
-        sequence_kl=_floats(columns["sequence_kl"]),
-        finish_reasons=[str(value) for value in columns["finish_reason"]],
+        rewards=floats("reward"),
+        lengths=floats("length"),
+        sequence_kl=floats("sequence_kl"),
+        finish_reasons=[str(value)[:_LONGEST_NAME] for value in columns["finish_reason"]],
         terms=terms,
     )
 
 
-def _floats(values: Sequence[Any]) -> NDArray[np.float64]:
+def _floats(values: Sequence[Any], where: str) -> NDArray[np.float64]:
     """[N] floats; a null is NaN."""
-    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+    for value in values:
+        if value is not None and not isinstance(value, int | float):
+            raise DataError(f"{where} holds {type(value).__name__}, where numbers belong")
+    floats = np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+    floats[np.abs(floats) > LARGEST] *= np.inf
+    return floats

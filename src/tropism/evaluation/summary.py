@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -26,6 +26,8 @@ FEW_PROMPTS = 20
 """Fewer held-out prompts than this give a rough interval."""
 SALAD_SHARE = 0.35
 """Share of all words that the ten most risen words may make up before the text is called repetitive praise."""
+LONGEST_WORD = 40
+"""Characters of a word that are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,8 @@ def summarise(run: RunData) -> Summary:
     change = _paired(first.rewards, last.rewards)
     shared_terms = [name for name in after.terms if name in before.terms]
     changes = {name: _paired(first.terms[name], last.terms[name]) for name in shared_terms}
-    risen = tuple(risen_words(first.completions, last.completions, count=10))
+    shifts = risen_words(first.completions, last.completions, count=10)
+    risen = tuple(replace(shift, word=shift.word[:LONGEST_WORD]) for shift in shifts)
     cautions = [
         *_kl_cautions(after.sequence_kl),
         *_text_cautions(before, after, risen),
