@@ -1,10 +1,10 @@
-"""``python -m benchmarks [options]`` or ``python -m benchmarks scaling [options]``."""
+"""``python -m benchmarks [options]``, ``python -m benchmarks scaling [options]`` or ``... soak [options]``."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import scaling, standard
+from benchmarks import scaling, soak, standard
 from benchmarks.runner import WorkerError
 
 
@@ -13,6 +13,8 @@ def main() -> None:
     try:
         if arguments[:1] == ["scaling"]:
             scaling.main(arguments[1:])
+        elif arguments[:1] == ["soak"]:
+            soak.main(arguments[1:])
         else:
             standard.main(arguments)
     except WorkerError as death:

@@ -238,7 +238,7 @@ def test_an_unexpected_exception_is_short(
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr("tropism.build.load_model", broken)
+    monkeypatch.setattr("tropism.build.policy_of", broken)
     assert train() == 1
     error = capsys.readouterr().err
     assert error == "error: RuntimeError: out of memory; run it again with --debug for the traceback\n"
@@ -292,6 +292,83 @@ def test_a_profile(train: Train, folder: Path, capsys: pytest.CaptureFixture[str
     assert "Where step 2 went" in capsys.readouterr().err
     assert (folder / "run" / "profile" / "table.txt").is_file()
     assert (folder / "run" / "profile" / "trace.json.gz").is_file()
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """Standard error without the warnings about what was sampled."""
+    lines = capsys.readouterr().err.splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith("warning (step"))
+
+
+def test_resume_says_what_is_resumed_and_what_differs(
+    train: Train, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(total_steps=2, trainer={"checkpoints": {"every": 1}}) == 0
+    said(capsys)
+    assert main(["train", "--resume", "run"]) == 0
+    assert (
+        said(capsys) == "run is finished after step 2 of 2: nothing is left to do. Raise total_steps to go on with it\n"
+    )
+    assert main(["train", "--resume", "run", "--total_steps", "3"]) == 0
+    assert said(capsys) == "resuming run after step 2 of 3 (2 updates)\nchanged: total_steps: 2 -> 3\n"
+    newest = max((folder / "run" / "checkpoints").iterdir())
+    (newest / "policy.safetensors").unlink()
+    assert main(["train", "--resume", "run"]) == 0
+    told = said(capsys)
+    assert (
+        told.startswith("warning: skipped: ") and f"{newest.name} cannot be used: policy.safetensors is missing" in told
+    )
+    assert told.endswith("resuming run after step 2 of 3 (2 updates)\n")
+
+
+def test_resume_refuses_another_recipe(train: Train, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train() == 0
+    before = (folder / "run" / "recipe.yaml").read_bytes()
+    said(capsys)
+    wrong = ["--total_steps", "2", "--seed", "3", "--algorithm.kl-coef", "0.5"]
+    for dry in ([], ["--dry-run"]):
+        assert main(["train", "--resume", "run", *wrong, *dry]) == 2
+        told = said(capsys)
+        assert told.startswith(
+            "error: run cannot go on with another recipe:\n  algorithm.kl_coef: 0.05 -> 0.5\n  seed: 0 -> 3\n"
+        )
+        assert "total_steps" not in told and "model: run/model" in told
+    assert (folder / "run" / "recipe.yaml").read_bytes() == before
+    (folder / "prompts.txt").write_text("Once upon a time\nThe little dog was\nOne day a boy\n")
+    assert main(["train", "--resume", "run", "--total_steps", "2"]) == 2
+    assert said(capsys).startswith("error: the data is not that of the run")
+
+
+def test_a_dry_run_of_a_resumption(train: Train, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train() == 0
+    before = sorted(path.stat().st_mtime_ns for path in (folder / "run").rglob("*"))
+    capsys.readouterr()
+    assert main(["train", "--resume", "run", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("run is finished after step 1 of 1") and "nothing is left to do." in shown
+    assert main(["train", "--resume", "run", "--dry-run", "--total_steps", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("resuming run after step 1 of 2") and "ready to train" in shown
+    assert sorted(path.stat().st_mtime_ns for path in (folder / "run").rglob("*")) == before
+
+
+def test_resume_without_a_checkpoint(train: Train, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train() == 0
+    shutil.rmtree(folder / "run" / "checkpoints")
+    capsys.readouterr()
+    assert main(["train", "--resume", "run", "--total_steps", "2"]) == 2
+    assert "holds no complete checkpoint to resume from" in said(capsys)
+
+
+def test_a_damaged_recipe_cannot_be_resumed(train: Train, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train() == 0
+    path = folder / "run" / "recipe.yaml"
+    whole = path.read_text()
+    for text in (whole[: whole.index("sampling:")], whole[: whole.index("lora:") + 3]):
+        path.write_text(text)
+        capsys.readouterr()
+        assert main(["train", "--resume", "run", "--total_steps", "2"]) == 2
+        assert "run/recipe.yaml" in said(capsys)
 
 
 def test_resume_errors(train: Train, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

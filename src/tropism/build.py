@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
 
-from tropism.algorithms.base import OnPolicyAlgorithm, RunFacts
+from tropism.algorithms.base import OnPolicyAlgorithm
 from tropism.config import Recipe
-from tropism.errors import ConfigError
+from tropism.data.order import fingerprint
+from tropism.errors import ConfigError, TropismError
 from tropism.evaluation.heldout import LossEvaluation, RewardEvaluation
 from tropism.evaluation.report import write_report
 from tropism.generation import TextPolicy
 from tropism.models.reference import Reference
 from tropism.models.saving import save_plain
 from tropism.recipe_data import demonstrations_of, prompts_of
+from tropism.recipe_identity import WatchedFacts, identity_of, note
 from tropism.recipe_model import policy_of
-from tropism.recipe_processes import accelerator_for
+from tropism.recipe_processes import accelerator_for, prepared
+from tropism.recipe_resumption import Resumption, device_name, export_of
+from tropism.redaction import redact
 from tropism.rewards import RewardHarness
 from tropism.rollouts.engine import EmbeddedSampler
 from tropism.rollouts.transcribe import Transcriber
-from tropism.training.checkpoint import Checkpoint, newest_complete, read_checkpoint
+from tropism.training.finite import require_finite_weights
 from tropism.training.interrupt import Interrupts
 from tropism.training.memory import keep_freed_memory
 from tropism.training.memory_facts import MemoryReport, memory_of_run, rows_of
@@ -43,6 +47,8 @@ from tropism.training.trainer import Trainer
 from tropism.types import Prompt
 
 logger = logging.getLogger("tropism")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +72,26 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, allow_code: bool = False
         profile: record where the second step goes, in ``profile/`` of the run folder.
 
     Raises:
-        TropismError: anything about the recipe, model, data or reward that cannot work, before training starts.
+        TropismError: anything about the recipe, model, data or reward that cannot work, or that the run in the folder
+            cannot go on with, before training starts.
         Interrupted: after a signal, with everything up to the last update saved.
     """
-    assembled = Assembly(recipe, resume=resume, allow_code=allow_code)
-    if profile:
-        assembled.profile_a_step()
-    assembled.check()
-    if assembled.policy.device.type == "cpu":
-        keep_freed_memory()
-    assembled.run.execute(recipe.total_steps, resumed=assembled.checkpoint)
+    interrupts = Interrupts()
+    with interrupts.listening():
+        with interrupts.abandonable():  # nothing is written before the run begins
+            assembled = Assembly(recipe, resume=resume, allow_code=allow_code, interrupts=interrupts)
+            if assembled.resumption is not None and assembled.resumption.finished:
+                return assembled.finished_result(assembled.resumption)
+            if profile:
+                assembled.profile_a_step()
+            assembled.check()
+        if assembled.policy.device.type == "cpu":
+            keep_freed_memory()
+        try:
+            assembled.run.execute(recipe.total_steps, resumed=assembled.checkpoint)
+        finally:
+            if assembled.harness is not None:
+                assembled.harness.close()
     assembled.processes.accelerator.end_training()
     return assembled.result()
 
@@ -83,21 +99,28 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, allow_code: bool = False
 class Assembly:
     """Everything a recipe needs, built and connected."""
 
-    def __init__(self, recipe: Recipe, *, resume: bool = False, allow_code: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, *, resume: bool = False, allow_code: bool = False, interrupts: Interrupts | None = None
+    ) -> None:
+        if resume and recipe.run is None:
+            raise ConfigError("to resume, name the run: run='runs/<name>' (tropism train --resume runs/<name>)")
         self.recipe = recipe
-        self.resumed = resume
         config = recipe.algorithm
         self.harness = None if recipe.reward is None else RewardHarness(recipe.reward, allow_code=allow_code)
-        self.processes = Processes(accelerator_for(recipe))
+        self.processes = Processes(accelerator_for(recipe), interrupts)
+        self.processes.leave_talking_to_main()
         path = Path(recipe.run) if recipe.run else free_run(config.name)
         path = Path(self.processes.from_main(str(path)))
         self.folder = _open_folder(path, self.processes, resume=resume)
-        self.checkpoint = self._newest_checkpoint() if resume else None
+        device = self.processes.accelerator.device
+        self.resumption = Resumption(self.folder.path, recipe, device=device) if resume else None
+        self.checkpoint = None if self.resumption is None else self.resumption.checkpoint
         self.loaded, self.policy = policy_of(recipe)
+        require_finite_weights(self.policy)
         self.reference = self._build_reference()
-        self.algorithm: Any = config.build(
-            RunFacts(total_steps=recipe.total_steps, max_new_tokens=recipe.sampling.max_new_tokens)
-        )
+        self.identity = identity_of(self.policy, self.reference, recipe.reward)
+        self.facts = WatchedFacts(total_steps=recipe.total_steps, max_new_tokens=recipe.sampling.max_new_tokens)
+        self.algorithm: Any = config.build(self.facts)
         self.sampler = EmbeddedSampler(self.loaded.tokenizer, self.loaded.tokens.eos_ids)
         self.transcriber = Transcriber(self.loaded.tokenizer, recipe.sampling.stop)
         self.scorer = self._scorer(lambda: nullcontext(self.policy))
@@ -110,12 +133,16 @@ class Assembly:
             policy=self.policy,
             evaluations=[],
             export=self._export,
-            interrupts=Interrupts(),
             begin=self._write_head,
+            identity=self._identity,
         )
         source = self._on_policy_source() if config.on_policy else self._demonstration_source()
         self.trainer = self._build_trainer(source)
         self.run.attach(self.trainer)
+        if self.harness is not None:
+            self.harness.on_progress = lambda done, total: self.run.display.scoring(done, total)
+        if self.resumption is not None:
+            self._compare(self.resumption)
 
     # Model -----------------------------------------------------------------------------------------------------------
 
@@ -136,7 +163,7 @@ class Assembly:
         weights = sum(p.numel() for p in self.policy.model.parameters())
         adapters = isinstance(self.loaded.model, PeftModel)
         rate = trainer.learning_rate or default_learning_rate(weights, adapters=adapters)
-        wrapped = self.processes.accelerator.prepare_model(self.policy, device_placement=False)
+        wrapped = prepared(self.policy, self.reference, self.processes.accelerator)
         return Trainer(
             policy=wrapped,
             algorithm=self.algorithm,
@@ -156,7 +183,7 @@ class Assembly:
         assert self.harness is not None and isinstance(self.algorithm, OnPolicyAlgorithm)
         self.prompts, held_out = self._prompts()
         if held_out:
-            self.run.evaluations.append(self._reward_evaluation(held_out))
+            self._hold_out(held_out, self._reward_evaluation(held_out))
         precise = self.processes.accelerator.mixed_precision == "no" and self.policy.dtype == torch.float32
         recompute, cap = recipe.trainer.correction(exact=precise)
         return RolloutSource(
@@ -175,7 +202,6 @@ class Assembly:
             total_steps=recipe.total_steps,
             recompute_logprobs=recompute,
             importance_cap=cap,
-            interrupts=self.run.interrupts,
             on_collect=self.run.on_collect,
         )
 
@@ -183,11 +209,11 @@ class Assembly:
         recipe, config = self.recipe, self.recipe.algorithm
         train, held_out = demonstrations_of(recipe, self.loaded.tokenizer, context_length=self.policy.context_length)
         if held_out:
-            self.run.evaluations.append(LossEvaluation(held_out, scorer=self.scorer))
+            self._hold_out(held_out, LossEvaluation(held_out, scorer=self.scorer))
         if self.harness is not None:
             self.prompts, prompts = self._prompts()
             if prompts:
-                self.run.evaluations.append(self._reward_evaluation(prompts))
+                self._hold_out(prompts, self._reward_evaluation(prompts))
         return DemonstrationSource(
             train,
             batch_size=recipe.prompts_per_step,
@@ -197,6 +223,10 @@ class Assembly:
 
     def _prompts(self) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
         return prompts_of(self.recipe, self.loaded.tokenizer, context_length=self.policy.context_length)
+
+    def _hold_out(self, items: Sequence[object], evaluation: Evaluation) -> None:
+        self.identity["held_out"].append(fingerprint(items))
+        self.run.evaluations.append(evaluation)
 
     def _reward_evaluation(self, prompts: Sequence[Prompt]) -> Evaluation:
         assert self.harness is not None
@@ -247,7 +277,7 @@ class Assembly:
         if not self.prompts:
             return
         recipe, accelerator = self.recipe, self.processes.accelerator
-        with accelerator.autocast():
+        with self.policy.whole(), accelerator.autocast():
             chosen, rollouts = sample_rows(
                 self.policy, self.sampler, self.prompts, sampling=recipe.sampling, seed=recipe.seed
             )
@@ -264,38 +294,61 @@ class Assembly:
                 )
                 logger.info("pre-flight: %s", report)
 
-    def _newest_checkpoint(self) -> Checkpoint:
-        path, skipped = newest_complete(self.folder.path / "checkpoints")
-        for message in skipped:
-            logger.warning(message)
-        if path is None:
-            raise ConfigError(f"{self.folder.path} holds no complete checkpoint to resume from; start a new run")
-        return read_checkpoint(path)
-
     def _write_head(self) -> None:
         """The first files of the run folder; only here, so that what fails before training leaves nothing behind."""
         if self.processes.is_main:
             self.folder.create()
-        if self.processes.is_main and not self.resumed:
+            self._write_facts()
+        if self.recipe.trainer.tracking:
+            recipe = redact(self.recipe.to_yaml())
+            self.processes.accelerator.init_trackers(self.folder.path.name, config={"recipe": recipe})
+
+    def _write_facts(self) -> None:
+        """Recipe and environment of a new run; of a resumed one what differs."""
+        if self.resumption is None or self.resumption.write():
             self.folder.write_recipe(self.recipe.to_yaml())
-            device = self.policy.device
-            name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        if self.resumption is None:
             self.folder.write_environment(
                 {
-                    "device": name,
+                    "device": device_name(self.policy.device),
                     "processes": self.processes.count,
                     "learning_rate": self.trainer.learning_rate,
                     "trained_weights": sum(p.numel() for p in self.policy.parameters() if p.requires_grad),
                     "memory": self.memory.facts(),
                 }
             )
-        if self.recipe.trainer.tracking:
-            self.processes.accelerator.init_trackers(self.folder.path.name, config={"recipe": self.recipe.to_yaml()})
+        for line in self.resumption.lines if self.resumption else ():
+            self.run.display.say(line)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint presumes that it does not hold."""
+        before = self.resumption is not None and self.resumption.total_steps_read
+        return {**self.identity, "total_steps_read": before or self.facts.total_steps_read}
+
+    def _compare(self, resumption: Resumption) -> None:
+        """Whether everything that was loaded is what the run began with, before anything is checked or written.
+
+        Raises:
+            TropismError: the run cannot go on with it.
+        """
+        resumption.compare(self.identity, device=self.policy.device, processes=self.processes.count)
+        saved, source = resumption.checkpoint, self.trainer.source
+        source.load_state_dict(saved.state["source"], saved.tensors["batch"])  # type: ignore[attr-defined]
+
+    def finished_result(self, resumption: Resumption) -> Result:
+        """The result of a finished run, of which nothing is written anew."""
+        self.run.take_up(resumption.checkpoint)
+        self.run.take_best()
+        self.policy.gather()
+        if self.processes.is_main:
+            self.run.display.say(resumption.end)
+        return self.result()
 
     def _export(self) -> None:
         """The trained model as a plain Hugging Face folder, and the report."""
         save_plain(self.loaded.model, self.loaded.tokenizer, self.folder.path / "model")
         write_report(self.folder.path)
+        note(self.folder.path, exported=export_of(self.trainer.state_dict()))
 
     def result(self) -> Result:
         return Result(
@@ -315,13 +368,19 @@ def free_run(method: str) -> Path:
 
 def _open_folder(path: Path, processes: Processes, *, resume: bool) -> RunFolder:
     """The first process looks whether the folder may be used, for all of them."""
-    problem, folder = None, None
+    return _by_main(processes, lambda: RunFolder(path, resume=resume)) or RunFolder.existing(path)
+
+
+def _by_main(processes: Processes, action: Callable[[], T]) -> T | None:
+    """What the first process does for all; if that fails, it fails on every process."""
+    result: T | None = None
+    problem: TropismError | None = None
     if processes.is_main:
         try:
-            folder = RunFolder(path, resume=resume)
-        except ConfigError as error:
-            problem = str(error)
+            result = action()
+        except TropismError as error:
+            problem = error
     problem = processes.from_main(problem)
     if problem is not None:
-        raise ConfigError(problem)
-    return folder or RunFolder.existing(path)
+        raise problem
+    return result

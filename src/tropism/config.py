@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,12 +11,19 @@ from typing import Any
 from tropism.algorithms import ALGORITHMS, AlgorithmConfig
 from tropism.data.config import DataConfig
 from tropism.errors import ConfigError
+from tropism.foreign.trust import refuse_trust
 from tropism.models.loading import ModelConfig
 from tropism.models.lora import LoRA
+from tropism.redaction import find_secret
 from tropism.rewards import RewardConfig
 from tropism.rollouts.config import Sampling
-from tropism.schema import build, dump_yaml, read_yaml, to_plain
+from tropism.schema import build, dump_yaml, read_yaml, refuse_absurd, to_plain
 from tropism.training.config import TrainerConfig
+
+logger = logging.getLogger("tropism")
+
+MOST_PER_STEP = 10_000_000
+"""Completions, or demonstrations, of a step: all of them are held in memory at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +41,7 @@ class Recipe:
     reward: RewardConfig | None = None
     """What is rewarded: a name, or terms with weights."""
     run: str | None = None
-    """Run folder; None: runs/<method>-<number>."""
+    """Run folder, relative to the working directory; None: runs/<method>-<number>."""
     total_steps: int = 100
     """Collects for methods that sample, optimizer updates for sft."""
     prompts_per_step: int = 16
@@ -51,10 +59,19 @@ class Recipe:
     """Optimizer, precision, evaluation, checkpoints, tracking."""
 
     def __post_init__(self) -> None:
+        _refuse_secrets(self)
+        if self.run is not None:
+            object.__setattr__(self, "run", run_folder_name(self.run))
         if self.total_steps < 1:
             raise ConfigError("total_steps must be at least 1")
         if self.prompts_per_step < 1:
             raise ConfigError("prompts_per_step must be at least 1")
+        per_step = self.prompts_per_step * getattr(self.algorithm, "group_size", 1)
+        if per_step > MOST_PER_STEP:
+            raise ConfigError(
+                f"prompts_per_step, times algorithm.group_size, is {per_step:,}; at most {MOST_PER_STEP:,} completions "
+                "(or demonstrations) make a step"
+            )
         if self.train_layers is not None and self.train_layers < 1:
             raise ConfigError(
                 f"train_layers is {self.train_layers}; it must be at least 1 (leave it out to train all weights)"
@@ -77,6 +94,8 @@ class Recipe:
             ConfigError: names the field by its dotted path, and the closest valid one where it is unknown.
         """
         values = dict(mapping)
+        given = ("model", "data", "eval_data")  # from Python these may be records, or a loaded model
+        refuse_absurd({k: v for k, v in values.items() if k not in given or isinstance(v, Mapping)})
         if "algorithm" not in values:
             raise ConfigError(f"algorithm: required, one of {', '.join(ALGORITHMS)}")
         values["algorithm"] = algorithm_from(values["algorithm"])
@@ -91,8 +110,14 @@ class Recipe:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
-        """A recipe from a YAML file; relative paths in it are relative to the working directory."""
-        return cls.from_mapping(read_yaml(path))
+        """A recipe from a YAML file; relative paths in it are relative to the working directory.
+
+        Raises:
+            ConfigError: as in ``from_mapping``, or the file lets a model's own code run, which only a caller may.
+        """
+        values = read_yaml(path)
+        refuse_trust(values, str(path))
+        return cls.from_mapping(values)
 
     def to_yaml(self) -> str:
         """The resolved recipe: every field, defaults included. Objects given from Python are described, not stored."""
@@ -109,6 +134,48 @@ class Recipe:
 
 
 _CONFIGS = (ModelConfig, DataConfig)
+
+
+def _refuse_secrets(recipe: Recipe) -> None:
+    """A recipe is written into the run folder, its report and the trackers."""
+    settings = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
+    for name in ("model", "data", "eval_data"):  # records and models given from Python are written nowhere
+        if not isinstance(settings[name], (str, Path, Mapping, *_CONFIGS)):
+            del settings[name]
+    found = find_secret(settings)
+    if found is not None:
+        raise ConfigError(
+            f"{found[0]} looks like {found[1]}. Recipes are written into run folders, which are shared: take it out, "
+            "and set it in the environment (HF_TOKEN for the hub, or `hf auth login`; your own reward reads os.environ)"
+        )
+
+
+def run_folder_name(given: str) -> str:
+    """A run folder as it was given, or as an absolute path where ``~`` or ``..`` in it lead somewhere else.
+
+    Raises:
+        ConfigError: no text, nothing that prints, or a folder that is never a run's: the home folder, or one that it
+            lies in, such as the root.
+    """
+    if not isinstance(given, str):
+        raise ConfigError(f"run: expected text, not {given!r:.60}")
+    if not given.strip() or not given.isprintable():
+        problem = (
+            "has characters that do not print (NUL, a line break, half a surrogate)" if given.strip() else "is empty"
+        )
+        raise ConfigError(f"run: {given!r:.80} {problem}; give the run a name such as runs/warm")
+    try:
+        path = Path(given).expanduser()
+        resolved = path.resolve()
+        home = Path.home().resolve()
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"run: {given!r:.80} cannot be a folder: {error}") from error
+    if resolved == home or resolved in home.parents:
+        raise ConfigError(f"run: {given!r:.80} is {resolved}, not a folder of one run; give one such as runs/warm")
+    if path.name and ".." not in path.parts and str(path) == str(Path(given)):
+        return given
+    logger.warning("the run folder %s is %s", given, resolved)
+    return str(resolved)
 
 
 def algorithm_from(value: Any) -> AlgorithmConfig:
@@ -132,7 +199,7 @@ def algorithm_from(value: Any) -> AlgorithmConfig:
 
 def method_named(name: Any) -> type[AlgorithmConfig]:
     """The configuration class of a method."""
-    if name not in ALGORITHMS:
+    if not isinstance(name, str) or name not in ALGORITHMS:
         from difflib import get_close_matches
 
         close = get_close_matches(str(name), ALGORITHMS, n=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +15,97 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from safetensors.torch import save_file
 
-import tropism.training.run as run_module
 from tiny_runs import PROMPTS, Setting, assemble, execute, weights_of
-from tropism.algorithms import GRPO, PPO, SFT, AlgorithmConfig, KLControl
+from tropism.algorithms import GRPO, PPO, RLOO, SFT, AlgorithmConfig, KLControl
+from tropism.build import Assembly
+from tropism.rewards import RewardConfig
+from tropism.training import boundary
 from tropism.training.run_folder import RunFolder
+from tropism.types import Rollouts
 
-METHODS: dict[str, AlgorithmConfig] = {
-    "sft": SFT(),
-    "ppo": PPO(group_size=2, num_epochs=2, minibatch_size=3, kl=KLControl(target=0.5, horizon=100)),
-    "grpo": GRPO(group_size=2, num_epochs=2, minibatch_size=3),
+STEPS = 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of three ragged prompts a step, so that no share is even, unless ``changes`` say otherwise."""
+
+    setting: Setting
+    algorithm: AlgorithmConfig
+    trainer: dict[str, Any] = field(default_factory=dict)
+    changes: dict[str, Any] = field(default_factory=dict)
+    empty: int | None = None
+    """Every so many completions one is empty."""
+
+
+def letters_by_token(completion_ids: list[list[int]]) -> list[list[float]]:
+    """A reward for every token."""
+    return [[float(5 <= token < 18) for token in ids] for ids in completion_ids]
+
+
+KL = KLControl(target=0.5, horizon=100)
+CASES: dict[str, Case] = {
+    "sft": Case(Setting("sft", False, "llama"), SFT()),
+    "sft-last1": Case(Setting("sft", False, "llama", train_layers=1), SFT()),
+    "ppo": Case(Setting("ppo", False, "llama"), PPO(group_size=2, num_epochs=2, minibatch_size=3, kl=KL)),
+    "ppo-one-row": Case(
+        Setting("ppo", False, "llama"),
+        PPO(num_epochs=2, kl=KL, whiten_advantages=False),
+        changes={"prompts_per_step": 1, "reward": RewardConfig.of(letters_by_token)},
+    ),
+    "grpo": Case(Setting("grpo", False, "llama"), GRPO(group_size=2, num_epochs=2, minibatch_size=3)),
+    "grpo-lora-weighted": Case(
+        Setting("grpo", True, "gpt2"),
+        GRPO(group_size=2, num_epochs=2, minibatch_size=3),
+        trainer={"importance_cap": 2.0},
+    ),
+    "rloo-empty": Case(Setting("rloo", False, "llama"), RLOO(group_size=2, num_epochs=2, minibatch_size=3), empty=4),
 }
+"""Every method; an adapter and a last layer; per-token rewards, importance weights, an adaptive KL coefficient, a
+running scale of the reward (all but one), empty completions, and fewer rows than processes."""
 
 
 def run_all(folder: Path) -> int:
-    """Twenty steps of every method, three ragged prompts each, so that no share is even; returns the rank."""
+    """Twenty steps of every case; returns the rank."""
     torch.set_num_threads(1)
     rank = 0
-    for method, algorithm in METHODS.items():
-        changes: dict[str, Any] = {"eval_data": PROMPTS[:3]} if algorithm.on_policy else {}
+    for name, case in CASES.items():
+        held_out: dict[str, Any] = {"eval_data": PROMPTS[:3]} if case.algorithm.on_policy else {}
         assembly = assemble(
-            Setting(method, False, "llama"),
-            folder / method,
-            algorithm=algorithm,
-            total_steps=20,
-            prompts_per_step=3,
-            trainer={"learning_rate": 1e-4, "micro_batch_size": 1},
-            **changes,
+            case.setting,
+            folder / name,
+            algorithm=case.algorithm,
+            total_steps=STEPS,
+            trainer={"learning_rate": 1e-4, "micro_batch_size": 1, **case.trainer},
+            **{"prompts_per_step": 3, **held_out, **case.changes},
         )
+        if case.empty is not None:
+            empty_some(assembly, case.empty)
         rank = assembly.processes.rank
         if rank > 0:
             forbid_writing()
         execute(assembly)
-        save_file(weights_of(assembly), folder / f"{method}-rank-{rank}.safetensors")
+        save_file(weights_of(assembly), folder / f"{name}-rank-{rank}.safetensors")
     return rank
+
+
+def empty_some(assembly: Assembly, every: int) -> None:
+    """Let every so many completions have no token at all."""
+    generate = assembly.sampler.generate
+
+    def emptied(*arguments: Any, first_index: int = 0, **named: Any) -> Rollouts:
+        rollouts = generate(*arguments, first_index=first_index, **named)
+        empty = (torch.arange(len(rollouts)) + first_index) % every == 0
+        mask = rollouts.completion_mask & ~empty[:, None]
+        return replace(
+            rollouts,
+            completion_lengths=rollouts.completion_lengths * ~empty,
+            completion_ids=rollouts.completion_ids * mask,
+            logprobs=rollouts.logprobs * mask,
+            behaviour_logprobs=rollouts.behaviour_logprobs * mask,
+        )
+
+    assembly.sampler.generate = emptied  # type: ignore[method-assign]
 
 
 def forbid_writing() -> None:
@@ -61,7 +120,7 @@ def forbid_writing() -> None:
     for name in ("create", "append", "write_recipe", "write_environment", "write_rollouts", "write_evaluation"):
         setattr(RunFolder, name, refuse(name))
     for name in ("write_checkpoint", "prune"):
-        setattr(run_module, name, refuse(name))
+        setattr(boundary, name, refuse(name))
 
 
 if __name__ == "__main__":

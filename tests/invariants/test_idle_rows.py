@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,17 @@ def test_with_a_kl_in_the_loss_no_group_is_idle(tmp_path: Path) -> None:
     assert not assembly.algorithm.idle(batch).any()
 
 
-def test_an_idle_batch_still_takes_its_step(tmp_path: Path) -> None:
-    """With momentum the step moves the weights although its gradient is zero, so it is not skipped."""
-    assembly = assembled(METHODS["grpo"], tmp_path / "run", lambda completions: [1.0] * len(completions))
+@pytest.mark.parametrize("name", METHODS)
+def test_an_idle_batch_moves_nothing_momentum_and_decay_included(name: str, tmp_path: Path) -> None:
+    assembly = assembled(METHODS[name], tmp_path / "run", reward)
+    for group in assembly.trainer.optimizer.param_groups:
+        group["weight_decay"] = 0.1
     batch = next(iter(assembly.trainer.source.collect(assembly.policy)))
-    assert assembly.algorithm.idle(batch).all()
-    metrics = assembly.trainer.update(batch)
-    assert metrics["optim/skipped"] == 0.0 and metrics["optim/grad_norm"] == 0.0
-    assert metrics["optim/idle_fraction"] == pytest.approx(1 - 1 / len(batch))
-    assert all(torch.isfinite(p).all() for p in assembly.policy.parameters())
+    assembly.trainer.update(batch)  # now there is momentum
+    before = [p.detach().clone() for p in assembly.policy.parameters()]
+    idle = replace(batch, advantages=torch.zeros_like(batch.advantages))
+    assert assembly.algorithm.idle(idle).all()
+    metrics = assembly.trainer.update(idle)
+    assert metrics["optim/skipped"] == 1.0 and metrics["optim/idle_fraction"] == 1.0
+    assert "optim/grad_norm" not in metrics
+    assert all(torch.equal(p, old) for p, old in zip(assembly.policy.parameters(), before, strict=True))

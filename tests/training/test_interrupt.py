@@ -54,11 +54,13 @@ def test_after_the_block_a_signal_is_only_noted() -> None:
 
 def test_a_second_signal_leaves_at_once() -> None:
     code = (
-        "import os, signal\n"
+        "import os, signal, time\n"
         "from tropism.training.interrupt import Interrupts\n"
         "with Interrupts().listening():\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(0.4)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(5)\n"
         "    print('still here')\n"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

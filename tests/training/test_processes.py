@@ -31,7 +31,8 @@ def test_one_process_is_local() -> None:
     assert alone.is_main and not processes(1, 2).is_main
     items = [object()]
     assert alone.gather(items) is items
-    assert alone.from_main(3) == 3 and alone.maximum(4) == 4 and alone.any(True) and not alone.any(False)
+    assert alone.from_main(3) == 3 and alone.maximum(4) == 4 and alone.signal_anywhere() is None
+    assert alone.together(lambda: 5) == [5]
     tensor = torch.ones(2)
     assert alone.sum(tensor) is tensor
 

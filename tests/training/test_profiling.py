@@ -138,21 +138,24 @@ def test_a_profile_leaves_both_files_and_changes_nothing(tmp_path: Path, capsys:
 
 
 def test_ctrl_c_during_the_profile_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = execute(assemble(GRPO, tmp_path / "whole", total_steps=4))
+    armed = [False]
 
     def interrupting(completions: list[str], trainer_state: dict[str, int]) -> list[float]:
-        if trainer_state["step"] == 1:
+        if trainer_state["step"] == 1 and armed[0]:
+            armed[0] = False
             os.kill(os.getpid(), signal.SIGINT)
         return early_letters(completions)
 
     reward = RewardConfig.of({"terms": {"early": {"use": interrupting}}, "scale": "running"})
+    whole = execute(assemble(GRPO, tmp_path / "whole", total_steps=4, reward=reward))
+    armed[0] = True
     run = tmp_path / "run"
     with pytest.raises(Interrupted):
         execute(profiled(GRPO, run, total_steps=4, reward=reward))
     assert not (run / "profile").exists()
     assert "no profile is written" in capsys.readouterr().err
     assert stage("rollout") is stage("reward"), "nothing is recorded any more"
-    resumed = execute(profiled(GRPO, run, resume=True, total_steps=4))
+    resumed = execute(profiled(GRPO, run, resume=True, total_steps=4, reward=reward))
     assert_same(weights_of(whole), weights_of(resumed))
     assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
     assert (run / "profile" / "table.txt").read_text().startswith("Where step 3 went")

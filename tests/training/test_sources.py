@@ -88,11 +88,12 @@ def test_an_interrupted_or_failed_collect_has_not_begun(tmp_path: Path) -> None:
     def broken(completions: list[str]) -> list[float]:
         raise OSError("no answer")
 
-    works, source.harness.functions = source.harness.functions, {"early": broken}
+    term = source.harness.terms["early"]
+    works, term.function = term.function, broken
     with pytest.raises(RewardError, match="no answer"):
         next(iter(source.collect(None)))
     assert json.dumps(source.state_dict()[0]) == before
-    source.harness.functions = works
+    term.function = works
     assert next(iter(source.collect(None))) is not None
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -239,3 +241,43 @@ def test_a_gradient_that_is_not_finite_names_the_weight() -> None:
     with pytest.raises(NumericsError, match="the gradient of w is not finite at update 1 "):
         trainer.fit(1)
     assert weight(trainer) == 2.0 and trainer.policy.w.grad is None
+
+
+def test_a_backward_pass_lets_signals_in() -> None:
+    """On a CPU it is one call of compiled code, in which Python would hear nothing."""
+    trainer = make_trainer(Repeat(BATCH), Books())
+    weights = [nn.Parameter(torch.ones(())) for _ in range(200)]
+    for place, parameter in enumerate(weights):
+        trainer.policy.register_parameter(f"deep_{place}", parameter)
+    trainer = Trainer(
+        policy=trainer.policy,
+        algorithm=trainer.algorithm,
+        source=trainer.source,
+        optimizer=trainer.optimizer,
+        config=trainer.config,
+        processes=trainer.processes,
+        learning_rate=0.1,
+        device=torch.device("cpu"),
+        after_update=Books(),
+    )
+    values = torch.rand(300, 300)
+    total = values
+    for parameter in weights:
+        total = (total @ values) * parameter / 150
+
+    def expired(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, expired)
+    try:
+        total.sum().backward(retain_graph=True)
+        for parameter in weights:
+            parameter.grad = None
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        with pytest.raises(TimeoutError):
+            total.sum().backward()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert weights[0].grad is None, "it went on to its end before the signal was heard"
+    assert trainer.policy.deep_199.grad is not None

@@ -17,7 +17,8 @@ class ValueHead(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(hidden_size, 1, dtype=torch.float32)
+        # Without torch's own start values, for which it would draw from the global generator.
+        self.linear = cast(nn.Linear, nn.utils.skip_init(nn.Linear, hidden_size, 1, dtype=torch.float32))
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 

@@ -17,6 +17,7 @@ from tropism.models.emulation import emulates, emulation, rounded
 from tropism.models.heads import ValueHead
 from tropism.models.rows import RowsForward, lay_out
 from tropism.models.sampling_model import SamplingModel, SamplingModels
+from tropism.models.sharding import gather, gathered
 from tropism.ops import entropy as entropy_of
 from tropism.ops import linear_logprobs, token_logprobs
 from tropism.types import first_with_same_prompt
@@ -151,6 +152,14 @@ class Policy(nn.Module):
     def for_sampling(self) -> AbstractContextManager[SamplingModel]:
         """A block of passes without gradients on unchanged weights, with what is prepared for them."""
         return self.sampling_models.ready()
+
+    def whole(self) -> AbstractContextManager[None]:
+        """A block in which no weight is sharded; all processes enter it together. Sampling needs it."""
+        return gathered(self)
+
+    def gather(self) -> None:
+        """Make sharded weights whole on every process for good, once training is over; all call it together."""
+        gather(self)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V] as the model itself computes them, scaling and soft-capping included."""

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
+from tropism.errors import ModelError
 from tropism.models import fused_gpt2, fused_llama
 from tropism.models.fused import Builder, FusedDecoder, GrowingView, UnsupportedError, agrees
 from tropism.models.graphed import GraphedSteps
 from tropism.models.packed import PackedWeights, cpu_multiplies, layers_with_weights, packed_layers
+from tropism.models.sharding import is_sharded
 
 logger = logging.getLogger("tropism")
 
@@ -72,7 +75,16 @@ class SamplingModels:
 
     @contextmanager
     def ready(self) -> Iterator[SamplingModel]:
-        """The policy with the weights of this moment; nothing may train inside the block."""
+        """The policy with the weights of this moment; nothing may train inside the block.
+
+        Raises:
+            ModelError: the weights are sharded at this moment.
+        """
+        if is_sharded(self.policy):
+            raise ModelError(
+                "the weights are sharded over processes, and a process that samples needs them whole; enter "
+                "policy.whole() on all processes before any of them samples"
+            )
         device = self.policy.device.type
         reduced = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if reduced else self.policy.dtype
@@ -80,8 +92,12 @@ class SamplingModels:
         decoder = self._decoder(dtype)
         head = self.policy.language_model.get_output_embeddings()
         layers = [head] if decoder is not None else layers_with_weights(self.policy.model)
-        with packed_layers(layers, self.weights, dtype):
-            yield SamplingModel(self.policy, decoder, torch.float32 if emulated else dtype)
+        try:
+            with packed_layers(layers, self.weights, dtype):
+                yield SamplingModel(self.policy, decoder, torch.float32 if emulated else dtype)
+        finally:
+            if isinstance(self.policy, FSDPModule):  # copies must not outlive the whole weights they are made of
+                self.weights = PackedWeights()
 
     def _decoder(self, dtype: torch.dtype) -> FusedDecoder | None:
         """The family's fused step, or None; one that disagrees with the model is never used again."""

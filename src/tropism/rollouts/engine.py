@@ -100,6 +100,7 @@ class EmbeddedSampler:
         if len({len(p) for p in prefixes}) > 1:
             raise ConfigError("every prompt needs the same number of streams")
         _check_context(prefixes, sampling, policy.context_length)
+        _check_ids(prefixes, sampling, int(policy.config.vocab_size))
         rows = [_Row(index=i * n + j, prefixes=prefix) for i, prefix in enumerate(prefixes) for j in range(n)]
         ends = (frozenset(self.eos_ids), frozenset(sampling.stop_token_ids))
         stops = StopStrings(sampling.stop, self.tokenizer) if sampling.stop else None
@@ -118,6 +119,13 @@ def _check_context(prefixes: Sequence[tuple[tuple[int, ...], ...]], sampling: Sa
                 f"prompt {index} has {longest} tokens; with max_new_tokens={sampling.max_new_tokens} that exceeds the "
                 f"model's context of {limit}: shorten the prompt or lower sampling.max_new_tokens"
             )
+
+
+def _check_ids(prefixes: Sequence[tuple[tuple[int, ...], ...]], sampling: Sampling, vocabulary: int) -> None:
+    places = {f"prompt {index}": [i for ids in prefix for i in ids] for index, prefix in enumerate(prefixes)}
+    for place, ids in {**places, "sampling.stop_token_ids": sampling.stop_token_ids}.items():
+        if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+            raise ConfigError(f"{place} names a token beyond the model's vocabulary, the ids 0 to {vocabulary - 1}")
 
 
 def _collect(rows: Sequence[_Row], sampling: Sampling) -> Rollouts:
@@ -154,7 +162,7 @@ class _Decoder:
         ends: tuple[frozenset[int], frozenset[int]],
         stops: StopStrings | None,
     ) -> None:
-        self.device, self.model, self.sampling = policy.device, model, sampling
+        self.policy, self.device, self.model, self.sampling = policy, policy.device, model, sampling
         self.key, self.first_index = key, first_index
         self.filters, self.stops = filters, stops
         self.eos_ids, self.stop_ids = ends
@@ -269,9 +277,12 @@ class _Decoder:
     def _no_distribution(self, row: _Row, logprob: float) -> NumericsError:
         place = f"token {len(row.ids)} of completion {row.index}"
         if isnan(logprob):
+            weights = self.policy.named_parameters()
+            bad = next((name for name, weight in weights if not bool(weight.isfinite().all())), None)
+            broken = "all weights are, so its precision is broken"
+            cause = broken if bad is None else f"the first weight that is not is {bad}"
             return NumericsError(
-                f"the model's logits for {place} are not finite: its weights or its precision are broken "
-                "(try dtype float32 and a lower learning rate)"
+                f"the model's logits for {place} are not finite; {cause} (try dtype float32 and a lower learning rate)"
             )
         return NumericsError(
             f"no token is possible for {place}: the logit filters and min_new_tokens={self.sampling.min_new_tokens} "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -85,6 +85,7 @@ class GeneratingPolicy(Protocol):
     @property
     def context_length(self) -> int | None: ...
     def for_sampling(self) -> AbstractContextManager[SamplingModel]: ...
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]: ...
 
 
 class Sampler(Protocol):

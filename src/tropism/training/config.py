@@ -22,6 +22,14 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay, on matrices only."""
 
+    def __post_init__(self) -> None:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas must be at least 0 and below 1")
+        if not self.eps > 0:
+            raise ValueError("eps must be positive")
+        if not self.weight_decay >= 0:
+            raise ValueError("weight_decay must not be negative")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:

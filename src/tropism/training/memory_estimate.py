@@ -74,8 +74,6 @@ class Load:
     """Layers that gradients pass through."""
     gradient_checkpointing: bool = False
     value_heads: int = 0
-    processes: int = 1
-    """Above 1 the gradients are held a second time, in the blocks that are exchanged."""
     update_tokens: int
     """All tokens of one optimizer step on this device, prompts included."""
     row_tokens: int
@@ -94,9 +92,9 @@ class Load:
     max_new_tokens: int = 0
     sampling_batch_size: int = 64
     on_host: bool = True
-    """Whether the memory that trains is the host's: checkpoints are copied there, and its C library leaves holes."""
+    """Whether the memory that trains is the host's: models are exported there, and its C library leaves holes."""
     merges: int = 0
-    """Weights that are copied when an adapter is merged for export."""
+    """Weights that are copied when an adapter is merged for export, or sharded ones are gathered to be saved."""
 
     @property
     def micro_batch(self) -> int:
@@ -160,9 +158,8 @@ def estimate_memory(architecture: Architecture, load: Load) -> MemoryEstimate:
     if load.sampled_rows:
         phases["sampling"] = _sampling(architecture, load)
         phases["scoring"] = _scoring(architecture, load)
-    if load.on_host:
-        # Weights and moments are copied together, then written; an adapter is merged into a copy of what it adapts.
-        phases["saving"] = {"copies to save": max(3 * load.trained, load.merges)}
+    if load.on_host and load.merges:
+        phases["saving"] = {"copies to save": load.merges}
     return MemoryEstimate(lasting=lasting, phases=phases)
 
 
@@ -222,11 +219,10 @@ def _work(architecture: Architecture, load: Load, tokens: int) -> int:
 def _update(architecture: Architecture, load: Load) -> dict[str, int]:
     logits = round(load.micro_batch * load.trained_share) * architecture.vocabulary * 4
     activations = _activations(architecture, load)
-    gradients = load.trained * (2 if load.processes > 1 else 1)
     whole = load.update_tokens <= load.micro_batch_tokens
     parts = {
-        "gradients": gradients,
-        "activations": max(activations - gradients, 0) if whole else activations,
+        "gradients": load.trained,
+        "activations": max(activations - load.trained, 0) if whole else activations,
         "logits": min(logits, LOGITS_KEPT) + LOGITS_COPIES * min(logits, load.chunk_bytes),
         "copies of weights": load.cast,
         "work": max(_work(architecture, load, load.micro_batch), load.largest),

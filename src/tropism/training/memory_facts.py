@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from tropism.errors import ConfigError
 from tropism.training.config import TrainerConfig
@@ -211,23 +213,25 @@ def load_of(policy: Any, reference: Any, rows: Rows, trainer: TrainerConfig, *, 
     of_reference = {} if frozen is None else _storages(_tensors(frozen))
     weight_size = policy.dtype.itemsize
     packed, kept = _packed_bytes(policy, 2 if reduced else weight_size)
+    sharded = isinstance(policy, FSDPModule)
+    whole = sum(p.numel() * p.element_size() for p in policy.parameters()) if sharded else 0
     adapted = [m for m in policy.model.modules() if hasattr(m, "get_base_layer")]
     matrices = sum(p.numel() for p in policy.language_model.parameters() if p.dim() == 2)
     return Load(
         weights=sum(weights.values()),
-        trained=sum(p.numel() * p.element_size() for p in trained),
+        trained=sum(_here(p).numel() * p.element_size() for p in trained),
         largest=max((p.numel() * p.element_size() for p in trained), default=0),
         reference=sum(size for place, size in of_reference.items() if place not in weights),
-        packed=packed,
-        packed_kept=kept,
-        cast=2 * matrices if reduced and weight_size > 2 else 0,
+        # Sharded weights are whole while the policy samples, and two layers and the embeddings while it computes.
+        packed=packed + whole,
+        packed_kept=0 if sharded else kept,
+        cast=(2 * matrices if reduced and weight_size > 2 else 0) + (_gathered_bytes(policy) if sharded else 0),
         weight_size=weight_size,
         compute_size=2 if reduced else weight_size,
         adapter_rank=max((max(m.r.values()) for m in adapted if isinstance(getattr(m, "r", None), dict)), default=0),
         trained_layers=_trained_layers(policy),
         gradient_checkpointing=policy.recomputes_activations,
         value_heads=int(policy.value_head is not None),
-        processes=processes,
         update_tokens=round(-(-rows.count // processes) * rows.mean_tokens),
         row_tokens=rows.longest_tokens,
         trained_share=rows.trained_share,
@@ -241,7 +245,11 @@ def load_of(policy: Any, reference: Any, rows: Rows, trainer: TrainerConfig, *, 
         max_new_tokens=rows.max_new_tokens,
         sampling_batch_size=rows.sampling_batch_size,
         on_host=policy.device.type != "cuda",
-        merges=sum(m.get_base_layer().weight.numel() * 4 for m in adapted),
+        # The first process gathers weights and moments to save them.
+        merges=max(
+            sum(m.get_base_layer().weight.numel() * 4 for m in adapted),
+            3 * sum(p.numel() * p.element_size() for p in trained) if sharded else 0,
+        ),
     )
 
 
@@ -252,7 +260,21 @@ def _tensors(module: nn.Module) -> Iterable[Tensor]:
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Address -> bytes, so that what is shared counts once."""
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    storages = [_here(tensor).untyped_storage() for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def _here(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _gathered_bytes(policy: Any) -> int:
+    """Sharded weights that are whole at a time in a pass: two of the largest layer, and what is in no layer."""
+    layers: list[Any] = [m for m in policy.modules() if isinstance(m, FSDPModule) and m is not policy]
+    sizes: list[int] = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers]
+    everything: int = sum(p.numel() * p.element_size() for p in policy.parameters())
+    return everything - sum(sizes) + 2 * max(sizes, default=0)
 
 
 def _trained_layers(policy: Any) -> int:

@@ -2,66 +2,239 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
+from tropism.errors import ModelError
+from tropism.training.bulletin import Bulletin, Failure
+from tropism.training.interrupt import CalledOffError, Interrupted, Interrupts, ProcessLostError
 from tropism.types import Tokens, first_with_same_prompt
 
 T = TypeVar("T")
 
 GATHERED = 4
 """Without padding, attention alone works on padded rows; they may have this many times the tokens of a micro-batch."""
+BUCKET = 2**24
+"""Numbers of gradients that are sent to the other processes at once."""
+LAST_WORDS = 5.0
+"""Seconds in which the cause of a broken connection has to become known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outcome(Generic[T]):
+    """What became of one process's part of a common work."""
+
+    values: tuple[T, ...] = ()
+    signal: int | None = None
+    failure: Failure | None = None
 
 
 class Processes:
-    """Thin layer over accelerate."""
+    """Thin layer over accelerate, in which no process waits for one that cannot come.
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    What processes do apart from each other goes through ``together``: an error or a signal that one of them meets there
+    ends the work of all of them, and each raises it. Should one die, whoever waits for it raises ``ProcessLostError``.
+    """
+
+    def __init__(self, accelerator: Accelerator, interrupts: Interrupts | None = None) -> None:
         self.accelerator = accelerator
+        self.interrupts = Interrupts() if interrupts is None else interrupts
         self.rank: int = accelerator.process_index
         self.count: int = accelerator.num_processes
+        if self.count > 1:
+            self.interrupts.bulletin = Bulletin.of_group(rank=self.rank, count=self.count)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def leave_talking_to_main(self) -> None:
+        """Drop warnings in every process but the first, which gives them, too."""
+        if not self.is_main:
+            logging.getLogger("tropism").setLevel(logging.ERROR)
+            warnings.simplefilter("ignore")
 
     def share(self, items: Sequence[T]) -> tuple[int, Sequence[T]]:
         """This process's contiguous part of ``items``, and the index at which it begins."""
         first, last = (len(items) * r // self.count for r in (self.rank, self.rank + 1))
         return first, items[first:last]
 
+    def together(self, work: Callable[[], T], *, abandon: bool = True, alone: bool = True) -> list[T]:
+        """What ``work`` returns in each process, in order of rank, in every process.
+
+        Args:
+            abandon: whether the work may be thrown away, at any moment, once a signal has come.
+            alone: whether no process needs the others during the work. Where it does (sharded weights are exchanged in
+                every pass), nothing interrupts it: it asks ``agree_to_go_on`` by itself.
+
+        Raises:
+            Interrupted: a process received a signal.
+            Exception: what a process raised, in all of them; the others name it.
+            ProcessLostError: a process is no longer there.
+        """
+        if self.count == 1:
+            with self._abandonable(abandon):
+                return [work()]
+        outcome: _Outcome[T] = _Outcome()
+        cause: Exception | None = None
+        try:
+            with self._abandonable(abandon and alone):
+                outcome = _Outcome(values=(work(),))
+        except Interrupted as interruption:
+            outcome = _Outcome(signal=interruption.signal_number)
+        except CalledOffError:
+            pass
+        except Exception as error:
+            if not alone or hasattr(error, "failure") or isinstance(error, ProcessLostError):
+                raise  # somebody will not come to a meeting
+            cause, outcome = error, _Outcome(failure=Failure.of(self.rank, error))
+            self.interrupts.call_off()
+        outcomes = self.gather([outcome])
+        self._raise_what_ended(outcomes, cause)
+        return [value for outcome in outcomes for value in outcome.values]
+
+    @contextmanager
+    def _abandonable(self, may: bool) -> Iterator[None]:
+        if not may:
+            yield
+            return
+        with self.interrupts.abandonable():
+            yield
+
+    def _raise_what_ended(self, outcomes: Sequence[_Outcome[T]], cause: Exception | None) -> None:
+        numbers = [outcome.signal for outcome in outcomes if outcome.signal is not None]
+        if numbers:
+            self.interrupts.received = self.interrupts.received or numbers[0]
+            raise Interrupted(numbers[0])
+        failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
+        if failures:
+            raise failures[0].as_error() from cause
+        if any(not outcome.values for outcome in outcomes):  # called off by one that has left
+            raise self._why_alone(None)
+
     def gather(self, items: list[T]) -> list[T]:
         """The lists of all processes, joined in order of rank, on every process."""
-        return items if self.count == 1 else gather_object(items)
+        if self.count == 1:
+            return items
+        with self._meeting():
+            return gather_object(items)  # type: ignore[no-any-return]
 
     def from_main(self, value: T) -> T:
         """The value that the first process has, on every process."""
         if self.count == 1:
             return value
         box = [value]
-        broadcast_object_list(box)
+        with self._meeting():
+            broadcast_object_list(box)
         return box[0]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over processes."""
-        return tensor if self.count == 1 else self.accelerator.reduce(tensor, reduction="sum")
+        if self.count == 1:
+            return tensor
+        with self._meeting():
+            return self.accelerator.reduce(tensor, reduction="sum")  # type: ignore[no-any-return]
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Add up the gradients of all processes, in place; one that is missing here counts as zero."""
+        if self.count == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+            flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+            with self._meeting():
+                dist.all_reduce(flat)
+            for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
 
     def maximum(self, value: int) -> int:
         """The largest of the processes' values."""
-        return value if self.count == 1 else max(gather_object([value]))
+        return max(self.gather([value]))
 
-    def any(self, value: bool) -> bool:
-        """Whether it is true on any process."""
-        return value if self.count == 1 else bool(self.maximum(int(value)))
+    def signal_anywhere(self) -> int | None:
+        """The signal that any of the processes has received; all ask together, and get the same answer."""
+        number = self.maximum(self.interrupts.received or 0) or None
+        self.interrupts.received = number
+        return number
+
+    def agree_to_go_on(self) -> None:
+        """End work that processes do in step, once any of them has received a signal; all ask together.
+
+        Raises:
+            Interrupted: on every process.
+        """
+        number = self.signal_anywhere()
+        if number is not None:
+            raise Interrupted(number)
+
+    def check_same_weights(self, module: nn.Module) -> None:
+        """See that all processes begin with the same weights.
+
+        Raises:
+            ModelError: they do not.
+        """
+        if self.count == 1:
+            return
+        sums = {name: float(p.detach().sum(dtype=torch.float64)) for name, p in module.named_parameters()}
+        for rank, other in enumerate(self.gather([sums])):
+            odd = [name for name, value in sums.items() if other.get(name) != value]
+            if odd:
+                raise ModelError(
+                    f"process {rank} has another model than process {self.rank}: {len(odd)} weights differ, for "
+                    f"instance {odd[0]}. Load the same weights in all processes, or make them from the same seed"
+                )
 
     def wait(self) -> None:
         """Until all processes are here."""
-        self.accelerator.wait_for_everyone()
+        self.gather([None])
+
+    @contextmanager
+    def _meeting(self) -> Iterator[None]:
+        """A block that waits for the other processes, and says why, should they not come."""
+        try:
+            with self.interrupts.meeting():
+                yield
+        except RuntimeError as error:
+            raise self._why_alone(error) from error
+
+    def _why_alone(self, error: RuntimeError | None) -> BaseException:
+        """What ended another process, so that this one waits in vain."""
+        began = time.monotonic()
+        while (waited := time.monotonic() - began) < LAST_WORDS:
+            self.interrupts.hear()
+            if self.interrupts.trouble is not None:
+                return self.interrupts.trouble
+            # Not at once: a launcher signals all processes when it sees that one has died.
+            if self.interrupts.received is not None and waited > LAST_WORDS / 10:
+                return Interrupted(self.interrupts.received)
+            time.sleep(0.05)
+        return ProcessLostError(f"the connection to another process of this run broke: {error}")
+
+
+def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Neighbours of one type, up to ``BUCKET`` numbers together."""
+    buckets: list[list[Tensor]] = []
+    size = 0
+    for gradient in gradients:
+        if not buckets or buckets[-1][-1].dtype != gradient.dtype or size + gradient.numel() > BUCKET:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(gradient)
+        size += gradient.numel()
+    return buckets
 
 
 def micro_batches(tokens: Tokens, *, max_tokens: int, max_rows: int | None, without_padding: bool) -> list[Tensor]:

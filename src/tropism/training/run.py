@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tropism.training.checkpoint import Checkpoint, checkpoint_name, prune, read_checkpoint, write_checkpoint
+from torch import Tensor
+
+from tropism.errors import ModelError, StorageError
+from tropism.redaction import redact
+from tropism.training.boundary import Boundary, BoundarySaver
+from tropism.training.checkpoint import Checkpoint, newest_complete, read_checkpoint
 from tropism.training.config import TrainerConfig
-from tropism.training.interrupt import Interrupted, Interrupts
+from tropism.training.interrupt import Interrupted, ProcessLostError
 from tropism.training.monitor import Monitor
 from tropism.training.processes import Processes
 from tropism.training.profiling import Profile
@@ -48,18 +54,19 @@ class Run:
         policy: Any,
         evaluations: list[Evaluation],
         export: Callable[[], None],
-        interrupts: Interrupts,
         begin: Callable[[], None],
+        identity: Callable[[], Mapping[str, Any]],
     ) -> None:
         self.folder, self.config, self.processes = folder, config, processes
         self.policy, self.evaluations, self.export = policy, evaluations, export
-        self.interrupts, self.begin = interrupts, begin
+        self.interrupts, self.begin, self.identity = processes.interrupts, begin, identity
         self.monitor = Monitor()
         self.best = Best()
         self.display: ProgressDisplay = Quiet()
         self.recent: Metrics = {}
         self.profile: Profile | None = None
         self.clock = StepClock()
+        self.saver = BoundarySaver(folder.path, keep=config.checkpoints.keep, processes=processes, gather=self._trained)
         self.trainer: Trainer
 
     def attach(self, trainer: Trainer) -> None:
@@ -73,39 +80,89 @@ class Run:
 
         Raises:
             Interrupted: after a signal; the last update boundary is saved.
+            StorageError: something cannot be written; what was complete before still is.
         """
-        self.begin()
+        with self.interrupts.listening():
+            self.processes.agree_to_go_on()  # nothing is written unless all have passed their checks
+            try:
+                self.begin()
+                try:
+                    self._train(total_steps, resumed=resumed)
+                except StorageError as error:
+                    raise StorageError(f"{error}{self._way_on()}") from error
+            finally:
+                self.folder.release()
+
+    def _way_on(self) -> str:
+        """How to go on after something could not be written."""
+        newest, _ = newest_complete(self.folder.path / "checkpoints", hashes=False)
+        if newest is None:
+            return ". Nothing is saved yet; start the run again then"
+        return f", then go on from {newest.name} with: tropism train --resume {self.folder.path}"
+
+    def _train(self, total_steps: int, *, resumed: Checkpoint | None) -> None:
         if resumed is not None:
             self._restore(resumed)
+        if not self.trainer.sharded:
+            self.processes.check_same_weights(self.policy)
+        self.trainer.total_steps = total_steps
         done = self.trainer.counts.steps
         wanted = self.config.progress
-        with (
-            show_progress(total_steps, done=done, wanted=wanted, main=self.processes.is_main) as self.display,
-            self.interrupts.listening(),
-        ):
+        with show_progress(total_steps, done=done, wanted=wanted, main=self.processes.is_main) as self.display:
+            self.mark(step_ended=resumed is None or resumed.state["step_ended"])
+            self.interrupts.rescue = self._rescue
             try:
-                if resumed is None:
-                    self._evaluate(0)
-                self._begin_step(whole=resumed is None or not resumed.tensors["batch"])
-                self.trainer.fit(total_steps)
-            except Interrupted:
-                self._save()
+                if resumed is None or resumed.state["step_ended"]:
+                    self._end_of_step()
+                if not self._worn_out:  # or a run that patience had stopped would go on when it is resumed
+                    self._begin_step(whole=resumed is None or not resumed.tensors["batch"])
+                    self.trainer.fit(total_steps)
+                number = self.processes.signal_anywhere()
+                if number is not None:
+                    raise Interrupted(number)
+            except (Interrupted, ProcessLostError):
+                if self.trainer.sharded:
+                    self.saver.save()
+                else:  # nobody waits for a process that may have gone
+                    self.saver.save_alone()
                 raise
             finally:
+                self.interrupts.rescue = None
                 self._close_profile()
-            if self.interrupts.received is not None:
-                raise Interrupted(self.interrupts.received)
             self._finish()
 
     def _finish(self) -> None:
+        """Save and export. A signal does not stop that, and is only heard when it is done."""
         self.display.stage("saving")
-        self._save()
-        best = self.folder.path / "best"
-        if self.config.checkpoints.use_best and (best / "manifest.json").is_file():
-            load_trainable_state(self.policy, read_checkpoint(best).tensors["policy"])
+        self.saver.save()
+        self.take_best()
+        self.policy.gather()
+        self.processes.together(lambda: self.export() if self.processes.is_main else None, abandon=False)
+        number = self.processes.signal_anywhere()
+        if number is not None:
+            raise Interrupted(number)
+
+    def _rescue(self) -> None:
+        """Save after a signal that this run's thread does not get to hear; called by another one."""
+        self.saver.save_alone()
         if self.processes.is_main:
-            self.export()
-        self.processes.wait()
+            self.display.say(f"interrupted: saved; go on with: tropism train --resume {self.folder.path}")
+
+    def take_best(self) -> None:
+        """With ``use_best``: give the policy the best weights, where they are not those before training.
+
+        Raises:
+            ModelError: they are not in best/ (any more).
+        """
+        if not self.config.checkpoints.use_best or self.best.step == 0:
+            return
+        saved = read_checkpoint(self.folder.path / "best")
+        if saved.state["step"] != self.best.step:  # of a longer run, which this one has gone back from
+            raise ModelError(
+                f"{self.folder.path / 'best'} holds the weights after step {saved.state['step']}, but the best were "
+                f"those after step {self.best.step}. Resume with --trainer.checkpoints.use_best false to take the last"
+            )
+        load_trainable_state(self.policy, saved.tensors["policy"])
 
     def after_update(self, metrics: Metrics, ended: bool) -> bool:
         """The books of one update boundary; returns whether to stop."""
@@ -114,25 +171,33 @@ class Run:
             metrics |= self._end_step()
         step, stop = self.trainer.counts.steps, False
         self._log("update", metrics, step=step if ended else step + 1)
+        self.mark(step_ended=ended)
         if ended:
             self.display.step(step, self.recent)
-            every = self.config.evaluation.every
-            last = step == self.trainer.total_steps
-            if last or (every is not None and step % every == 0):
-                stop = self._evaluate(step) and not last
-            if stop:
-                self._warn(
-                    f"stopped after step {step}: {self.config.checkpoints.patience} evaluations without a new best"
-                )
-            keep_every = self.config.checkpoints.every
-            if keep_every is not None and step % keep_every == 0 and not last:
-                self._save()
-        if self.processes.any(self.interrupts.received is not None):
-            self._save()
+            stop = self._end_of_step()
+        if self.processes.signal_anywhere() is not None:
+            self.saver.save()
             return True
         if ended and not stop:
             self._write_profile()
             self._begin_step()
+        return stop
+
+    def _end_of_step(self) -> bool:
+        """What follows a step, and the start of a run: evaluation, early stop, checkpoint; returns whether to stop.
+
+        A signal may abandon it. A run that is resumed then does all of it anew, so its logs know nothing of that.
+        """
+        step, total = self.trainer.counts.steps, self.trainer.total_steps
+        every, stop = self.config.evaluation.every, False
+        if step in (0, total) or (every is not None and step % every == 0):
+            stop = self._evaluate(step) and 0 < step < total
+        if stop:
+            self._warn(f"stopped after step {step}: {self.config.checkpoints.patience} evaluations without a new best")
+        self.mark(step_ended=False)
+        keep_every = self.config.checkpoints.every
+        if keep_every is not None and step % keep_every == 0 and 0 < step < total:
+            self.saver.save()
         return stop
 
     # Time of a step --------------------------------------------------------------------------------------------------
@@ -169,10 +234,11 @@ class Run:
             self.display.say("no profile is written: the run ended before the step that was to be profiled did")
 
     def on_collect(self, collected: Collected) -> None:
-        """Log what was sampled, and warn about it."""
+        """Log what was sampled, and warn about it; a resumed run has the batch and does not log it again."""
         self._log("collect", collected.metrics | collected.timings, step=collected.step)
         with self.clock.logging():
             self._inspect(collected)
+        self.mark(step_ended=False)
 
     def _inspect(self, collected: Collected) -> None:
         """Warnings about a collect, and the file of its rollouts."""
@@ -219,13 +285,19 @@ class Run:
         sign = 1 if config.best_mode == "max" else -1
         if self.best.value is None or sign * value > sign * self.best.value:
             self.best = Best(value=value, step=step)
-            if self.processes.is_main and step > 0:
-                state = {"step": step, "metric": config.best_metric, "value": value}
+            if step > 0:
                 tensors = {"policy": trainable_state(self.policy)}
-                write_checkpoint(self.folder.path / "best", Checkpoint(state=state, tensors=tensors))
+                state = {"step": step, "metric": config.best_metric, "value": value}
+                self.saver.keep_best(Checkpoint(state=state, tensors=tensors))
         else:
             self.best.since += 1
-        return config.patience is not None and self.best.since >= config.patience
+        return self._worn_out
+
+    @property
+    def _worn_out(self) -> bool:
+        """Whether as many evaluations brought no new best as patience allows."""
+        patience = self.config.checkpoints.patience
+        return patience is not None and self.best.since >= patience
 
     def _log(self, kind: str, metrics: Metrics, *, step: int) -> None:
         self.recent = self.recent | metrics
@@ -244,34 +316,44 @@ class Run:
         if self.processes.is_main:
             step = self.trainer.counts.steps + 1
             self.folder.append("warnings.jsonl", {"step": step, "message": message})
-            self.display.say(f"warning (step {step}): {message}")
+            self.display.say(f"warning (step {step}): {redact(message)}")
 
-    def _save(self) -> None:
-        """A checkpoint of this update boundary."""
-        self.processes.wait()
-        if not self.processes.is_main:
-            return
+    def mark(self, *, step_ended: bool) -> None:
+        """Note this moment as the one to go on from.
+
+        Args:
+            step_ended: whether ``_end_of_step`` is still to come.
+        """
         counts = self.trainer.counts
         values, batch = self.trainer.source.state_dict()  # type: ignore[attr-defined]
         state = {
             "counts": self.trainer.state_dict(),
+            "step_ended": step_ended,
             "algorithm": self.trainer.algorithm.state_dict(),
             "source": values,
             "monitor": self.monitor.state_dict(),
+            "recent": {k: v if math.isfinite(v) else None for k, v in self.recent.items() if not k.startswith(TIMINGS)},
+            "identity": self.identity(),
             "best": vars(self.best),
             "logs": self.folder.log_sizes(),
         }
-        tensors = {
+        self.saver.newest = Boundary(
+            steps=counts.steps,
+            updates=counts.updates,
+            state=copy.deepcopy(state),
+            batch=batch,
+            trained=None if self.trainer.sharded else self._trained(),
+        )
+
+    def _trained(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Weights and moments; sharded ones are gathered, which all processes do together."""
+        return {
             "policy": trainable_state(self.policy),
             "optimizer": optimizer_state(self.policy, self.trainer.optimizer),
-            "batch": batch,
         }
-        where = self.folder.path / "checkpoints"
-        name = checkpoint_name(steps=counts.steps, updates=counts.updates)
-        write_checkpoint(where / name, Checkpoint(state=state, tensors=tensors))
-        prune(where, keep=self.config.checkpoints.keep)
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
+    def take_up(self, checkpoint: Checkpoint) -> None:
+        """Everything as it was when the checkpoint was written, but for the run folder."""
         state, tensors = checkpoint.state, checkpoint.tensors
         load_trainable_state(self.policy, tensors["policy"])
         load_optimizer_state(self.policy, self.trainer.optimizer, tensors["optimizer"])
@@ -280,5 +362,16 @@ class Run:
         self.trainer.source.load_state_dict(state["source"], tensors["batch"])  # type: ignore[attr-defined]
         self.monitor.load_state_dict(state["monitor"])
         self.best = Best(**state["best"])
+        self.recent = {name: math.nan if value is None else value for name, value in state["recent"].items()}
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """``take_up``, and forget what the run folder holds of later."""
+        self.take_up(checkpoint)
+        state, tensors = checkpoint.state, checkpoint.tensors
         if self.processes.is_main:
-            self.folder.cut_logs(state["logs"])
+            # The rollouts of the step in progress are written, its evaluation is not.
+            collected = self.trainer.counts.collects + bool(tensors["batch"])
+            for message in self.folder.cut_back(
+                state["logs"], collected=collected, evaluated=self.trainer.counts.steps
+            ):
+                self._warn(message)

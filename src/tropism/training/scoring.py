@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from tropism.training.processes import Processes, micro_batches
 from tropism.types import Tokens
@@ -45,7 +46,6 @@ class ModelScorer:
 
     @torch.no_grad()
     def _fill(self, tokens: Tokens, shapes: dict[str, tuple[int, ...]], temperature: float) -> dict[str, Tensor]:
-        results = {name: torch.zeros(shape) for name, shape in shapes.items()}
         mine = torch.arange(self.processes.rank, len(tokens), self.processes.count)
         with self.active() as policy, self.processes.accelerator.autocast():
             plan = micro_batches(
@@ -54,17 +54,43 @@ class ModelScorer:
                 max_rows=self.max_rows,
                 without_padding=policy.without_padding,
             )
-            for chosen in plan:
-                rows = mine[chosen]
-                part = tokens.select(rows)
-                output = policy(**part.to(policy.device).inputs, temperature=temperature, want=frozenset(shapes))
-                for name, result in results.items():
-                    value = getattr(output, name).float().cpu()
-                    if value.dim() == 2:
-                        result[rows, : value.shape[1]] = value
-                    else:
-                        result[rows] = value
-        if self.processes.count == 1:
-            return results
-        device = self.processes.accelerator.device
-        return {name: self.processes.sum(result.to(device)).cpu() for name, result in results.items()}
+            parts = [(rows, tokens.select(rows)) for rows in (mine[chosen] for chosen in plan)]
+            sharded = isinstance(policy, FSDPModule)
+            if sharded:
+                # Sharded weights are gathered by all processes together, so that all make the same number of passes.
+                missing = self.processes.maximum(len(parts)) - len(parts)
+                parts += [(torch.zeros(0, dtype=torch.long), _nothing(tokens))] * missing
+
+            def compute() -> dict[str, Tensor]:
+                results = {name: torch.zeros(shape) for name, shape in shapes.items()}
+                for rows, part in parts:
+                    if sharded:
+                        self.processes.agree_to_go_on()
+                    output = policy(**part.to(policy.device).inputs, temperature=temperature, want=frozenset(shapes))
+                    for name, result in results.items():
+                        _put(result, rows, getattr(output, name).float().cpu())
+                return results
+
+            shares = self.processes.together(compute, alone=not sharded)
+        # Every row is computed by one process, and 0 in what the others give.
+        return {name: torch.stack([share[name] for share in shares]).sum(0) for name in shapes}
+
+
+def _put(result: Tensor, rows: Tensor, value: Tensor) -> None:
+    """Write the rows of a micro-batch, which may be narrower."""
+    if not len(rows):
+        return
+    if value.dim() == 2:
+        result[rows, : value.shape[1]] = value
+    else:
+        result[rows] = value
+
+
+def _nothing(tokens: Tokens) -> Tokens:
+    """One row with the last token of a prompt and no completion."""
+    return Tokens(
+        prompt_ids=tokens.prompt_ids[:1, -1:],
+        prompt_lengths=torch.ones(1, dtype=torch.long),
+        completion_ids=tokens.completion_ids[:1, :1],
+        completion_lengths=torch.zeros(1, dtype=torch.long),
+    )

@@ -19,7 +19,7 @@ from tropism.rollouts.config import Sampling
 from tropism.rollouts.protocol import Sampler
 from tropism.rollouts.randomness import StreamKey
 from tropism.training.correction import sampling_correction
-from tropism.training.interrupt import Interrupts
+from tropism.training.finite import require_finite
 from tropism.training.processes import Processes
 from tropism.training.stopwatch import Stopwatch
 from tropism.types import Batch, Metrics, PolicyBatch, Prompt, RewardBatch, RewardInputs, Rollouts, Tokens
@@ -85,7 +85,6 @@ class RolloutSource:
         total_steps: int,
         recompute_logprobs: bool,
         importance_cap: float | None,
-        interrupts: Interrupts,
         on_collect: Callable[[Collected], None],
     ) -> None:
         self.algorithm, self.sampler, self.sampling = algorithm, sampler, sampling
@@ -93,7 +92,7 @@ class RolloutSource:
         self.policy, self.scorer, self.reference = policy, scorer, reference
         self.prompts_per_step, self.seed, self.total_steps = prompts_per_step, seed, total_steps
         self.recompute_logprobs, self.importance_cap = recompute_logprobs, importance_cap
-        self.interrupts, self.on_collect = interrupts, on_collect
+        self.on_collect = on_collect
         self.stream = PromptStream(prompts, seed=seed)
         self.collects = 0
         self.batch: PolicyBatch | None = None
@@ -121,14 +120,13 @@ class RolloutSource:
         if self.batch is None:
             stream, moments = self.stream.state_dict(), self.harness.state_dict()
             try:
-                with self.interrupts.abandonable():
-                    collected = self._collect_anew()
+                collected = self._collect_anew()
             except BaseException:  # interrupted or failed: as if this collect had not begun
                 self.stream.load_state_dict(stream)
                 self.harness.load_state_dict(moments)
                 raise
             self.batch, self.cursor = collected.batch, 0
-            self.on_collect(collected)  # outside of what may be abandoned, or a resumed run would log it again
+            self.on_collect(collected)
         per_epoch = len(self.batch) // self.minibatch_size
         while not self.done:
             epoch, place = divmod(self.cursor, per_epoch)
@@ -195,8 +193,26 @@ class RolloutSource:
         if self.recompute_logprobs:
             logprobs = scorer.logprobs(rollouts, temperature=rollouts.temperature)
             rollouts = replace(rollouts, logprobs=logprobs)
+        step = self.collects + 1
+        require_finite(
+            {"the log-prob while sampling": rollouts.logprobs, "the value": rollouts.values},
+            f"at step {step}, before its first update; the weights are unchanged",
+        )
+        require_finite(
+            {"the reward": rewards.per_completion, "the reward per token": rewards.per_token},
+            f"at step {step}, before its first update; the weights are unchanged. Clip or normalise the reward",
+        )
         with torch.no_grad():
             batch = self.algorithm.make_batch(scorer, reference, rollouts, rewards)
+        require_finite(
+            {
+                "the log-prob under the reference": batch.ref_logprobs,
+                "the value": batch.old_values,
+                "the return": batch.returns,
+                "the advantage": batch.advantages,
+            },
+            f"at step {step}, before its first update; the weights are unchanged. Clip or normalise the reward",
+        )
         group = self.algorithm.config.group_size
         metrics = collect_metrics(rollouts, rewards, batch, group) | self.algorithm.collect_metrics(batch)
         if self.recompute_logprobs:
@@ -212,14 +228,18 @@ class RolloutSource:
         """Completions of all prompts on every process; each process samples its share."""
         group = self.algorithm.config.group_size
         first, mine = self.processes.share(prompts)
-        parts: list[Rollouts] = []
-        if mine:
-            key = StreamKey(seed=self.seed, purpose="training", collect=self.collects)
+        key = StreamKey(seed=self.seed, purpose="training", collect=self.collects)
+
+        def sample() -> list[Rollouts]:
+            if not mine:
+                return []
             with self.processes.accelerator.autocast():
-                parts.append(
-                    self.sampler.generate(self.policy, mine, self.sampling, group, key=key, first_index=first * group)
-                )
-        return Rollouts.concat(self.processes.gather(parts)).to("cpu")
+                own = self.sampler.generate(self.policy, mine, self.sampling, group, key=key, first_index=first * group)
+            return [own.to("cpu")]
+
+        with self.policy.whole():
+            parts = self.processes.together(sample)
+        return Rollouts.concat([rollouts for part in parts for rollouts in part])
 
     def _score(
         self, rollouts: Rollouts, prompts: Sequence[Prompt], state: Mapping[str, int]
@@ -227,8 +247,8 @@ class RolloutSource:
         """Each process scores its share of the completions; all combine the same raw rewards."""
         inputs = self.transcribe(rollouts, prompts, state)
         first, mine = self.processes.share(range(len(rollouts)))
-        raw = self.harness.evaluate(inputs.rows(first, first + len(mine))) if mine else None
-        parts = self.processes.gather([raw] if raw is not None else [])
+        own = inputs.rows(first, first + len(mine))
+        parts = self.processes.together(lambda: self.harness.evaluate(own, first_row=first))
         merged = type(parts[0]).concat(parts)
         return inputs, self.harness.combine(merged, rollouts.completion_lengths, rollouts.completion_ids.shape[1])
 

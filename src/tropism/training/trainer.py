@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tropism.errors import NumericsError
@@ -18,6 +18,7 @@ from tropism.training.config import TrainerConfig
 from tropism.training.optimizer import rate_factor
 from tropism.training.processes import Processes, micro_batches
 from tropism.training.profiling import stage
+from tropism.training.state import whole
 from tropism.types import Batch, Metrics
 
 
@@ -82,6 +83,10 @@ class Trainer:
         self.after_update = after_update
         self.counts = Counts()
         self.total_steps = 0
+        self.sharded = isinstance(policy, FSDPModule)
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_let_signals_in)
 
     def fit(self, total_steps: int) -> None:
         """Train until ``total_steps`` steps are done or ``after_update`` asks to stop."""
@@ -108,8 +113,9 @@ class Trainer:
     def update(self, batch: Batch) -> Metrics:
         """One optimizer step; its result depends neither on micro-batch size nor on the number of processes.
 
-        Every process is given the whole batch and takes every n-th row. A batch without anything to learn skips the
-        step, momentum and decay included.
+        Every process is given the whole batch and takes every n-th row. A batch without anything to learn (no trained
+        token, or a gradient of exactly zero in every row) skips the step, momentum and decay included. Up to the step a
+        signal may abandon it.
 
         Raises:
             NumericsError: a loss or gradient is not finite; the weights are as before.
@@ -117,54 +123,73 @@ class Trainer:
         started = time.perf_counter()
         # Dropout is off in every mode; transformers recomputes activations (a ModelConfig field) in train mode alone.
         self.policy.train()
-        with torch.no_grad():
-            batch = self.algorithm.prepare(batch)
-        totals = {name: weight for name, weight in self.algorithm.weight(batch).items() if weight > 0}
-        metrics: Metrics = {"optim/skipped": float(not totals)}
-        if totals:
-            rate = self.learning_rate * rate_factor(self.config, step=self.counts.steps, total_steps=self.total_steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate * group["rate"]
-            at_work = self._at_work(batch)
-            metrics["optim/idle_fraction"] = 1.0 - len(at_work) / len(batch)
-            metrics |= self._accumulate(batch.select(at_work) if len(at_work) < len(batch) else batch, totals)
-            with stage("optimizer"):
-                metrics["optim/grad_norm"] = self._step()
-            metrics["optim/lr"] = rate
-        self.policy.eval()
+        try:
+            metrics = self._update(batch)
+        except BaseException:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise
+        finally:
+            self.policy.eval()
         self.counts.updates += 1
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # or the end of the step would count in what comes next
         metrics["time/update"] = time.perf_counter() - started
         return metrics
 
+    def _update(self, batch: Batch) -> Metrics:
+        with torch.no_grad():
+            batch = self.algorithm.prepare(batch)
+        totals = {name: weight for name, weight in self.algorithm.weight(batch).items() if weight > 0}
+        at_work = torch.nonzero(~self.algorithm.idle(batch)).squeeze(-1)
+        learns = bool(totals) and len(at_work) > 0
+        metrics: Metrics = {
+            "optim/skipped": float(not learns),
+            "optim/idle_fraction": 1.0 - len(at_work) / max(1, len(batch)),
+        }
+        if learns:
+            rate = self.learning_rate * rate_factor(self.config, step=self.counts.steps, total_steps=self.total_steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * group["rate"]
+            metrics |= self._accumulate(batch.select(at_work) if len(at_work) < len(batch) else batch, totals)
+            with stage("optimizer"):
+                metrics["optim/grad_norm"] = self._step()
+            metrics["optim/lr"] = rate
+        return metrics
+
     def _accumulate(self, batch: Batch, totals: dict[str, float]) -> Metrics:
-        """Gradients of sum_k loss_k / total_k over all micro-batches, and the numbers that go with them."""
-        sums: dict[str, Tensor] = {}
+        """Gradients of sum_k loss_k / total_k over all micro-batches of all processes, and the numbers with them."""
         parts = self._micro_batches(batch)
-        for index, part in enumerate(parts):
-            last = index == len(parts) - 1
-            with self.accelerator.no_sync(self.policy) if not last else nullcontext():
-                with stage("forward"), self.accelerator.autocast():
-                    losses, ratios = self.algorithm.loss(self.policy, part)
-                scaled = {name: loss / totals[name] for name, loss in losses.items() if name in totals}
-                # Gradients are averaged over processes, so each sum is scaled by their number.
-                with stage("backward"):
-                    self.accelerator.backward(self.processes.count * torch.stack(list(scaled.values())).sum())
+        shares = self.processes.together(lambda: self._backward(parts, totals), alone=not self.sharded)
+        metrics = self._reduced([numbers for numbers, _ in shares])
+        if not self.sharded:  # there every backward pass exchanges them
+            used = set[str]().union(*(names for _, names in shares))
+            self.processes.sum_gradients([p for name, p in self.policy.named_parameters() if name in used])
+        return metrics
+
+    def _backward(self, parts: list[Batch], totals: dict[str, float]) -> tuple[dict[str, float], set[str]]:
+        """This process's sums, and the names of the weights that have got a gradient from it."""
+        sums: dict[str, Tensor] = {}
+        # Sharded gradients are averaged over processes, so each sum is scaled by their number.
+        scale = self.processes.count if self.sharded else 1
+        for part in parts:
+            if self.sharded:
+                self.processes.agree_to_go_on()
+            with stage("forward"), self.accelerator.autocast():
+                losses, ratios = self.algorithm.loss(self.policy, part)
+            scaled = {name: loss / totals[name] for name, loss in losses.items() if name in totals}
+            with stage("backward"):
+                self.accelerator.backward(scale * torch.stack(list(scaled.values())).sum())
             numbers = {f"loss/{name}": value.detach() for name, value in scaled.items()}
             for name, (numerator, denominator) in ratios.items():
                 numbers[f"{name}/numerator"], numbers[f"{name}/denominator"] = numerator, denominator
             for name, value in numbers.items():
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value
-        return self._reduced(sums)
-
-    def _at_work(self, batch: Batch) -> Tensor:
-        """Rows whose gradient is not known to be exactly zero; one row of an idle batch, so that the step is taken."""
-        rows = torch.nonzero(~self.algorithm.idle(batch)).squeeze(-1)
-        return rows if len(rows) else torch.zeros(1, dtype=torch.long)
+        values = torch.stack([value.double() for value in sums.values()]).tolist() if sums else []
+        used = {name for name, parameter in self.policy.named_parameters() if parameter.grad is not None}
+        return dict(zip(sums, values, strict=True)), used
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
-        """This process's rows in micro-batches; every process has the same number, empty ones where rows ran out."""
+        """This process's rows in micro-batches; with sharded weights every process has as many, some of them empty."""
         mine = torch.arange(self.processes.rank, len(batch), self.processes.count)
         config = self.config
         plan = micro_batches(
@@ -174,15 +199,20 @@ class Trainer:
             without_padding=self.accelerator.unwrap_model(self.policy).without_padding,
         )
         parts = [batch.select(mine[rows]) for rows in plan]
-        for _ in range(self.processes.maximum(len(parts)) - len(parts)):
+        missing = self.processes.maximum(len(parts)) - len(parts) if self.sharded else 0
+        for _ in range(missing):
             row = batch.select(torch.zeros(1, dtype=torch.long))
             parts.append(type(row)(**{**vars(row), "loss_mask": torch.zeros_like(row.loss_mask)}))
         return [part.to(self.device) for part in parts]
 
-    def _reduced(self, sums: dict[str, Tensor]) -> Metrics:
-        names = sorted(sums)
-        values = self.processes.sum(torch.stack([sums[name].double() for name in names])).tolist()
-        reduced = dict(zip(names, values, strict=True))
+    def _reduced(self, shares: list[dict[str, float]]) -> Metrics:
+        """The numbers of all processes in one.
+
+        Raises:
+            NumericsError: a loss is not finite.
+        """
+        names = sorted(set[str]().union(*shares))
+        reduced = {name: sum(share.get(name, 0.0) for share in shares) for name in names}
         metrics: Metrics = {}
         for name, value in reduced.items():
             if name.endswith("/numerator"):
@@ -192,7 +222,6 @@ class Trainer:
                 metrics[name] = value
         for name, value in metrics.items():
             if name.startswith("loss/") and not math.isfinite(value):
-                self.optimizer.zero_grad(set_to_none=True)
                 raise NumericsError(
                     f"{name} is {value} at update {self.counts.updates + 1} (step {self.counts.steps + 1}); "
                     "the weights are unchanged. Lower the learning rate, or clip or normalise the reward"
@@ -202,15 +231,14 @@ class Trainer:
     def _step(self) -> float:
         """Clip, refuse non-finite gradients, step; returns the gradient norm before clipping."""
         named = [(name, p) for name, p in self.policy.named_parameters() if p.grad is not None]
-        total = get_total_norm([p.grad for _, p in named if p.grad is not None])
+        total = whole(get_total_norm([p.grad for _, p in named if p.grad is not None]))
         norm = float(total)
         if not math.isfinite(norm):
             # Clipping would spread NaN to every gradient, so the culprit is looked for before.
             bad = next(
-                (name for name, p in named if p.grad is not None and not p.grad.isfinite().all()),
+                (name for name, p in named if p.grad is not None and not whole(p.grad).isfinite().all()),
                 "all weights together",
             )
-            self.optimizer.zero_grad(set_to_none=True)
             raise NumericsError(
                 f"the gradient of {bad} is not finite at update {self.counts.updates + 1} "
                 f"(step {self.counts.steps + 1}); the weights are unchanged. Lower the learning rate, or clip or "
@@ -227,3 +255,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.counts = Counts(**state)
+
+
+def _let_signals_in(parameter: Tensor) -> None:
+    """Python hears signals when it runs, and on a CPU a backward pass may take minutes without it."""

@@ -1,0 +1,219 @@
+"""What a recipe cannot hold of a run, as fingerprints in its checkpoints: weights, held-out data, rewards, the machine.
+
+A recipe names files and describes objects of a Python program. Whether the same is still there when a run is resumed is
+told by digests of what was read. (The training items have theirs in ``data.order``.)
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tropism import __version__
+from tropism.algorithms.base import RunFacts
+from tropism.errors import ConfigError, DataError, ModelError
+from tropism.models.modules import base_model
+from tropism.models.policy import Policy
+from tropism.models.reference import Reference
+from tropism.redaction import redact_values
+from tropism.rewards import RewardConfig
+from tropism.storage import write_whole
+
+logger = logging.getLogger("tropism")
+
+SAMPLED = 64
+"""Values of each tensor that its fingerprint looks at, at even distances: cheap for models of any size."""
+
+_UNSTEADY = ("_name_or_path", "name_or_path", "transformers_version")
+"""Entries of a model's configuration that say nothing about what it computes."""
+
+
+class WatchedFacts(RunFacts):
+    """Facts of a run that know whether the method has asked for ``total_steps``: only then must it stay as it was."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "total_steps":
+            object.__setattr__(self, "_read", True)
+        return super().__getattribute__(name)
+
+    @property
+    def total_steps_read(self) -> bool:
+        return "_read" in vars(self)
+
+
+def identity_of(policy: Policy, reference: Reference | None, reward: RewardConfig | None) -> dict[str, Any]:
+    """Fingerprints of what a run starts from, as plain JSON, taken before anything is trained or read back.
+
+    ``held_out`` is an empty list, for the fingerprints of the items of each evaluation.
+    """
+    model: Any = policy.model
+    config = base_model(model).config.to_dict()
+    steady = {key: value for key, value in config.items() if key not in _UNSTEADY}
+    return {
+        "weights": weights_fingerprint(starting_weights(policy, reference)),
+        "config": _digest(json.dumps(steady, sort_keys=True, default=str).encode()),
+        "held_out": [],
+        "rewards": {} if reward is None else reward_sources(reward),
+    }
+
+
+def starting_weights(policy: Policy, reference: Reference | None) -> dict[str, Tensor]:
+    """The weights that no checkpoint holds and that a resumed run needs as they were: the frozen ones, and those that
+    the reference copies before they are trained."""
+    copied = reference is not None and reference.kind == "copy"
+    return {name: p.detach() for name, p in policy.model.named_parameters() if copied or not p.requires_grad}
+
+
+def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Digest of names, shapes, dtypes, and about ``SAMPLED`` values of each tensor."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in weights.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        flat = tensor.reshape(-1)
+        if len(flat):
+            chosen = torch.cat([flat[:: max(1, len(flat) // SAMPLED)], flat[-1:]])
+            digest.update(chosen.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def reward_sources(config: RewardConfig) -> dict[str, str]:
+    """Digest of the code of each term that is the user's own: of a function's source, or of the file that a reference
+    such as ``rewards.py:mine`` names. Terms whose source is not to be had, such as functions typed in, have none."""
+    sources: dict[str, str] = {}
+    for name, term in config.terms.items():
+        code = _file_of(term.use) if isinstance(term.use, str) else _source_of(term.use)
+        if code is not None:
+            sources[name] = _digest(code)
+    return sources
+
+
+def check_identity(saved: Mapping[str, Any] | None, own: Mapping[str, Any], *, same_libraries: bool) -> list[str]:
+    """Compare what a checkpoint presumes with what is there now.
+
+    Args:
+        saved: ``identity_of`` the run, from its checkpoint.
+        same_libraries: whether the versions are those of the run; others describe the same model in other words.
+
+    Returns:
+        A sentence for each difference that the run can go on with.
+
+    Raises:
+        ModelError: other weights, or another model's configuration.
+        DataError: other held-out items.
+        ConfigError: the checkpoint holds no fingerprints.
+    """
+    if saved is None:
+        raise ConfigError("the checkpoint was written by another version of tropism and cannot be resumed by this one")
+    if saved["weights"] != own["weights"] or (saved["config"] != own["config"] and same_libraries):
+        what = "weights" if saved["weights"] != own["weights"] else "configuration"
+        raise ModelError(
+            f"the {what} of the model are not those that the run started from: the model's files have changed, or a "
+            "model given from Python has been trained since. Give the model as it was before the run (load it anew)"
+        )
+    if saved["held_out"] != own["held_out"]:
+        raise DataError(
+            "the held-out data is not that of the run: other items, another order, or other token ids. Give the run "
+            "the same eval_data, with the same tokenizer and chat template, or start a new run"
+        )
+    changed = [
+        name for name, code in saved["rewards"].items() if name in own["rewards"] and own["rewards"][name] != code
+    ]
+    # Not refused: mending a function that failed in the middle of a run is why runs are resumed.
+    return [f"the code of the reward {name!r} has changed; what it scored before stays" for name in changed]
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """``environment.json`` of a run folder; empty where it cannot be read, as the run does not depend on it."""
+    try:
+        environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        environment = None
+    if not isinstance(environment, dict):
+        logger.warning(
+            "%s is missing or damaged: versions and threads cannot be compared with those that the run began with",
+            folder / "environment.json",
+        )
+        return {}
+    return environment
+
+
+def note(folder: Path, **facts: Any) -> None:
+    """Put further facts into ``environment.json``.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    content = json.dumps(redact_values({**read_environment(folder), **facts}), indent=1)
+    write_whole(folder / "environment.json", content.encode())
+
+
+def machine_facts(environment: Mapping[str, Any], *, device: str, processes: int) -> dict[str, Any]:
+    """What is here now of the facts that ``environment.json`` of a run states and results depend on."""
+    facts: dict[str, Any] = {"device": device, "processes": processes, "threads": torch.get_num_threads()}
+    return facts | {name: __version__ if name == "tropism" else _version(name) for name in _versions(environment)}
+
+
+def machine_changes(environment: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """``threads 2 -> 1`` for everything that is not as ``environment.json`` says."""
+    then = {**environment, **_versions(environment)}
+    return [f"{name} {then[name]} -> {value}" for name, value in now.items() if name in then and then[name] != value]
+
+
+def same_libraries(environment: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether all versions are those that ``environment.json`` names."""
+    return all(now.get(name) == version for name, version in _versions(environment).items())
+
+
+def _versions(environment: Mapping[str, Any]) -> Mapping[str, Any]:
+    versions = environment.get("versions")
+    return versions if isinstance(versions, Mapping) else {}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _source_of(function: Any) -> bytes | None:
+    while isinstance(function, functools.partial):
+        function = function.func
+    named: Callable[..., Any] = function if hasattr(function, "__code__") else type(function)
+    named = function if inspect.ismethod(function) else named
+    if named.__module__.split(".")[0] == "tropism":
+        return None  # its version stands for it
+    try:
+        return inspect.getsource(named).encode("utf-8", "surrogatepass")
+    except (OSError, TypeError):
+        return None
+
+
+def _file_of(reference: str) -> bytes | None:
+    """The content of the file that ``file.py:function`` or ``module:function`` names; None for registered names."""
+    source, colon, _ = reference.rpartition(":")
+    if not colon:
+        return None
+    spec_file: str | None = source
+    if not (source.endswith(".py") or "/" in source or "\\" in source):
+        module = sys.modules.get(source)  # resolved by now, hence imported
+        spec_file = None if module is None else getattr(module, "__file__", None)
+    try:
+        return None if spec_file is None else Path(spec_file).read_bytes()
+    except OSError:
+        return None

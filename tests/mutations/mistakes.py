@@ -1,0 +1,304 @@
+"""Deliberate mistakes in the numeric core, each of which the tests must notice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One change of the source, and the tests among which at least one must fail on it."""
+
+    name: str
+    file: str
+    """Below src/tropism."""
+    right: str
+    """Text that stands in the file exactly once."""
+    wrong: str
+    """What takes its place."""
+    tests: tuple[str, ...]
+    """Files or folders below tests."""
+
+
+MISTAKES: tuple[Mistake, ...] = (
+    # Divergences
+    Mistake(
+        "the sign of the KL",
+        "ops/divergences.py",
+        "return upcast(logprobs) - upcast(ref_logprobs)",
+        "return upcast(ref_logprobs) - upcast(logprobs)",
+        ("ops/test_divergences.py",),
+    ),
+    Mistake(
+        "the sign of the log-ratio in k3",
+        "ops/divergences.py",
+        "log_ratio = (-kl_k1(logprobs, ref_logprobs))",
+        "log_ratio = kl_k1(logprobs, ref_logprobs)",
+        ("ops/test_divergences.py",),
+    ),
+    Mistake(
+        "the KL raises the reward",
+        "ops/rewards.py",
+        "penalised = upcast(token_rewards) - kl_coef * upcast(kl)",
+        "penalised = upcast(token_rewards) + kl_coef * upcast(kl)",
+        ("ops/test_rewards.py",),
+    ),
+    Mistake(
+        "the KL raises the reward of RLOO",
+        "algorithms/rloo.py",
+        "totals = rewards.totals - self.config.kl_coef * sequence_kl",
+        "totals = rewards.totals + self.config.kl_coef * sequence_kl",
+        ("algorithms/test_rloo_and_sft.py", "learning/test_exact_optimum.py"),
+    ),
+    Mistake(
+        "the KL of GRPO has the other sign",
+        "algorithms/grpo.py",
+        'sums["kl"] = config.kl_coef * self._sum(',
+        'sums["kl"] = -config.kl_coef * self._sum(',
+        ("algorithms/test_grpo.py", "parity"),
+    ),
+    # Masks
+    Mistake(
+        "sums over padding",
+        "ops/masking.py",
+        "return torch.where(mask, values, values.new_zeros(())).sum()",
+        "return values.sum()",
+        ("ops/test_masking.py",),
+    ),
+    Mistake(
+        "a mean over padding",
+        "ops/masking.py",
+        "return masked_sum(values, mask) / mask.sum().clamp_min(1)",
+        "return masked_sum(values, mask) / mask.numel()",
+        ("ops/test_masking.py",),
+    ),
+    Mistake(
+        "a sum where a mean belongs",
+        "ops/masking.py",
+        "return masked_sum(values, mask) / mask.sum().clamp_min(1)",
+        "return masked_sum(values, mask)",
+        ("ops/test_masking.py",),
+    ),
+    Mistake(
+        "unscored completions are learned from",
+        "algorithms/ppo.py",
+        "loss_mask = mask & rewards.scored[:, None]",
+        "loss_mask = mask",
+        ("invariants/test_refusals.py",),
+    ),
+    Mistake(
+        "padding counts as tokens",
+        "types.py",
+        "return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]",
+        "return torch.arange(width, device=lengths.device)[None, :] <= lengths[:, None]",
+        ("test_types.py",),
+    ),
+    Mistake(
+        "attention sees the pads",
+        "models/policy.py",
+        "mask = (columns >= first_real[:, None]) & (columns < (first_real + total)[:, None])",
+        "mask = torch.ones_like((columns >= first_real[:, None]) & (columns < (first_real + total)[:, None]))",
+        ("models/test_policy.py",),
+    ),
+    Mistake(
+        "rows see the pads of the cache",
+        "rollouts/kv_cache.py",
+        "[None, :] >= self.starts[:, None]",
+        "[None, :] >= 0 * self.starts[:, None]",
+        ("rollouts/test_kv_cache.py", "rollouts/test_engine.py"),
+    ),
+    Mistake(
+        "the gradient of unscored rows is kept",
+        "algorithms/grpo.py",
+        "loss_mask = mask & rewards.scored[:, None]",
+        "loss_mask = mask",
+        ("invariants/test_refusals.py",),
+    ),
+    # Shifts and positions
+    Mistake(
+        "log-probs shifted by one token",
+        "models/policy.py",
+        "at_tokens = flat[place[rows, first[rows] + tokens - 1]]",
+        "at_tokens = flat[place[rows, first[rows] + tokens]]",
+        ("models/test_policy.py",),
+    ),
+    Mistake(
+        "positions count pads",
+        "models/policy.py",
+        "positions = (columns - first_real[:, None]).clamp(min=0) * mask",
+        "positions = columns.expand_as(mask) * mask",
+        ("models/test_policy.py",),
+    ),
+    Mistake(
+        "positions are a bare arange without padding, too",
+        "models/rows.py",
+        "positions=columns.expand(rows, -1).flatten()[source][None],",
+        "positions=torch.arange(len(source), device=ids.device)[None],",
+        ("models/test_rows.py",),
+    ),
+    Mistake(
+        "the value after the last token is the one before it",
+        "models/policy.py",
+        "after = (first + completion_lengths - 1)[:, None]",
+        "after = (first + completion_lengths - 2)[:, None]",
+        ("models/test_policy.py",),
+    ),
+    # Rewards and advantages
+    Mistake(
+        "the score on the first token",
+        "ops/rewards.py",
+        "[None, :] == lengths[:, None] - 1",
+        "[None, :] == 0 * lengths[:, None]",
+        ("ops/test_rewards.py",),
+    ),
+    Mistake(
+        "the reward on the first token of the completion",
+        "types.py",
+        "tokens[rows, lengths[rows] - 1]",
+        "tokens[rows, 0 * lengths[rows]]",
+        ("test_types.py",),
+    ),
+    Mistake(
+        "GAE without the next value",
+        "ops/advantages.py",
+        "delta = rewards[:, t] + gamma * next_value - values[:, t]",
+        "delta = rewards[:, t] - values[:, t]",
+        ("ops/test_advantages.py",),
+    ),
+    Mistake(
+        "GAE forgets lambda",
+        "ops/advantages.py",
+        "delta + gamma * lam * advantage, advantage)",
+        "delta + gamma * advantage, advantage)",
+        ("ops/test_advantages.py",),
+    ),
+    Mistake(
+        "returns without the values",
+        "algorithms/ppo.py",
+        "returns=(advantages + values) * mask,",
+        "returns=advantages * mask,",
+        ("algorithms/test_ppo.py", "learning/test_exact_optimum.py"),
+    ),
+    Mistake(
+        "a completion is its own baseline",
+        "ops/advantages.py",
+        "* count / (count - 1).clamp_min(1)).flatten()",
+        ").flatten()",
+        ("ops/test_advantages.py",),
+    ),
+    Mistake(
+        "group advantages over the whole batch",
+        "ops/advantages.py",
+        "deviations = masked_deviations(groups, scored_groups)\n    match scale:",
+        "deviations = masked_deviations(groups.flatten(), scored_groups.flatten()).view_as(groups)\n    match scale:",
+        ("ops/test_advantages.py",),
+    ),
+    Mistake(
+        "the population's deviation in a group",
+        "ops/advantages.py",
+        "(scored.sum(-1, keepdim=True) - 1).clamp_min(1)",
+        "scored.sum(-1, keepdim=True).clamp_min(1)",
+        ("ops/test_advantages.py",),
+    ),
+    # Losses
+    Mistake(
+        "clipping takes the better of the two",
+        "ops/policy_losses.py",
+        "return torch.maximum(-advantages * ratio, -advantages * ratio.clamp",
+        "return torch.minimum(-advantages * ratio, -advantages * ratio.clamp",
+        ("ops/test_policy_losses.py",),
+    ),
+    Mistake(
+        "the policy runs from its reward",
+        "ops/policy_losses.py",
+        "return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(",
+        "return torch.maximum(advantages * ratio, advantages * ratio.clamp(",
+        ("ops/test_policy_losses.py",),
+    ),
+    Mistake(
+        "CISPO's weight has a gradient",
+        "ops/policy_losses.py",
+        "weight = _ratio(logprobs, old_logprobs, advantages).detach().clamp",
+        "weight = _ratio(logprobs, old_logprobs, advantages).clamp",
+        ("ops/test_policy_losses.py",),
+    ),
+    Mistake(
+        "the value loss takes the smaller error",
+        "ops/policy_losses.py",
+        "return 0.5 * torch.maximum(error, (clipped - returns).square())",
+        "return 0.5 * torch.minimum(error, (clipped - returns).square())",
+        ("ops/test_policy_losses.py",),
+    ),
+    Mistake(
+        "a mean where the trainer expects a sum",
+        "algorithms/sft.py",
+        '{"nll": -masked_sum(logprobs, batch.loss_mask)}',
+        '{"nll": -masked_sum(logprobs, batch.loss_mask) / batch.loss_mask.sum().clamp(min=1)}',
+        ("invariants/test_micro_batches.py",),
+    ),
+    Mistake(
+        "each micro-batch is divided by its own size",
+        "algorithms/grpo.py",
+        "return masked_sum(values, batch.loss_mask)",
+        "return masked_sum(values, batch.loss_mask) / batch.loss_mask.sum().clamp(min=1)",
+        ("invariants/test_micro_batches.py",),
+    ),
+    Mistake(
+        "the temperature is forgotten",
+        "ops/vocabulary.py",
+        "return logits if temperature == 1.0 else logits.div_(temperature)",
+        "return logits",
+        ("ops/test_vocabulary.py",),
+    ),
+    Mistake(
+        "the gradient of log-softmax has the other sign",
+        "ops/vocabulary.py",
+        "to_logits.scatter_add_(-1, ids[part, None], scaled[part, None])",
+        "to_logits.scatter_add_(-1, ids[part, None], -scaled[part, None])",
+        ("ops/test_vocabulary.py",),
+    ),
+    # Training
+    Mistake(
+        "the gradients of other processes are left out",
+        "training/processes.py",
+        "                dist.all_reduce(flat)",
+        "                pass",
+        ("distributed/test_two_processes.py",),
+    ),
+    Mistake(
+        "sharded gradients are not scaled by the number of processes",
+        "training/trainer.py",
+        "scale = self.processes.count if self.sharded else 1",
+        "scale = 1",
+        ("distributed/test_sharded.py",),
+    ),
+    Mistake(
+        "the KL controller turns the wrong way",
+        "algorithms/kl_control.py",
+        "sequence_kl / self.target - 1)",
+        "1 - sequence_kl / self.target)",
+        ("algorithms/test_ppo.py",),
+    ),
+    Mistake(
+        "the reference learns, too",
+        "models/reference.py",
+        "return copy.deepcopy(model, memo={id(tensor): tensor for tensor in shared})",
+        "return model",
+        ("models/test_reference.py",),
+    ),
+    Mistake(
+        "importance weights divide the wrong way",
+        "ops/importance.py",
+        "log_ratio = (upcast(logprobs) - upcast(behaviour_logprobs)).detach()",
+        "log_ratio = (upcast(behaviour_logprobs) - upcast(logprobs)).detach()",
+        ("ops/test_importance.py",),
+    ),
+    # Sampling
+    Mistake(
+        "samples depend on their neighbours",
+        "rollouts/engine.py",
+        "self.first_index + row.index for row in self.active",
+        "place for place, row in enumerate(self.active)",
+        ("rollouts/test_engine.py",),
+    ),
+)
