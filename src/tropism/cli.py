@@ -13,7 +13,7 @@ from importlib import import_module
 from tropism import __version__
 from tropism.commands import COMMANDS
 from tropism.errors import ConfigError, TropismError
-from tropism.training.interrupt import ProcessLostError, sigterm_raises
+from tropism.training.interrupt import ProcessLostError, signals_raise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(given: list[str], *, debug: bool) -> int:
     try:
-        with sigterm_raises():
+        with signals_raise():
             _dispatch(given, debug=debug)
     except TropismError as error:
         if debug:

@@ -104,7 +104,7 @@ def test_bf16_that_a_cpu_must_emulate_is_warned_of_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("tropism.build.cpu_multiplies", lambda dtype: multiplies)
+    monkeypatch.setattr("tropism.recipe_processes.cpu_multiplies", lambda dtype: multiplies)
     with caplog.at_level(logging.WARNING, logger="tropism"):
         assembly = assemble(ALL_SETTINGS[0], tmp_path / "run", trainer={"precision": precision})
     if assembly.policy.device.type != "cpu":

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import threading
 
 import pytest
 
-from tropism.training.interrupt import Interrupted, Interrupts
+from tropism.training.interrupt import Interrupted, Interrupts, signals_raise
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -82,3 +83,16 @@ def test_other_threads_do_without_signals() -> None:
     thread.start()
     thread.join()
     assert problems == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_a_library_swallowed_ends_the_run_that_begins(number: signal.Signals) -> None:
+    interrupts = Interrupts()
+    with signals_raise():
+        with contextlib.suppress(KeyboardInterrupt):  # as an import with a bare except does
+            os.kill(os.getpid(), number)
+        with pytest.raises(Interrupted) as caught, interrupts.listening(), interrupts.abandonable():
+            pytest.fail("the run began")
+    assert caught.value.signal_number == number
+    with signals_raise(), Interrupts().listening():  # the next one is not told of it
+        pass

@@ -80,6 +80,8 @@ class Interrupts:
             yield
             return
         self._listening = True
+        if _EARLY and self.received is None:
+            self.received = _EARLY[0]
         try:
             with self._hearing():
                 try:
@@ -300,22 +302,31 @@ class _Watch(threading.Thread):
 
 
 @contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """A block in which SIGTERM raises ``Interrupted``, as Ctrl-C raises KeyboardInterrupt; a run may listen inside."""
+def signals_raise() -> Iterator[None]:
+    """A block in which SIGTERM raises ``Interrupted``, as Ctrl-C raises KeyboardInterrupt; a run may listen inside.
+
+    What is raised inside of a destructor or import of some library may be swallowed there; a run that begins all the
+    same ends at once.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def raise_it(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number)
+        _EARLY.append(number)
+        raise Interrupted(number) if number == signal.SIGTERM else KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, raise_it)
+    before = {number: signal.signal(number, raise_it) for number in SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        _EARLY.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
+_EARLY: list[int] = []
+"""Signals that came inside ``signals_raise`` before a run was listening."""
 _HEARING: list[dict[int, Any]] = []
 """Handlers that were there before those of a run that is listening."""
 
