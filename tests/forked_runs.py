@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,12 +71,13 @@ class Server:
         count: int = 1,
         rank: int = 0,
         more: Sequence[object] = (),
+        settings: Mapping[str, str] | None = None,
     ) -> Ended:
         """A new run; processes get signals while one of them is in a phase that takes long."""
         triples = [(*signal, 0)[:3] for signal in signals]
         return self.run(
             *("train", recipe, "--run", run, "--allow-code", *more),
-            logs=run, count=count, slow=phase, rank=rank, signals=triples
+            logs=run, count=count, slow=phase, rank=rank, signals=triples, settings=dict(settings or {})
         )  # fmt: skip
 
     def finish(self, run: Path, *, count: int = 1) -> None:

@@ -382,3 +382,11 @@ def test_a_damaged_recipe_is_an_error(kind: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be resumed, because its recipe cannot be read") as caught:
         changed_fields(folder, Recipe.from_mapping(RECIPE), STANDING)
     assert str(folder / "recipe.yaml") in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["timeout", "cache", "retries", "concurrency"])
+def test_an_argument_of_a_reward_that_is_named_as_a_field_stays(name: str, tmp_path: Path) -> None:
+    """It is the reward's own, and may be what the reward depends on."""
+    old, new = (changed("reward.terms.warm.args", {name: value}) for value in (1, 2))
+    with pytest.raises(ConfigError, match=rf"\n  reward\.terms\.warm\.args\.{name}: 1 -> 2"):
+        changed_fields(written(tmp_path / "run", old), new, STANDING)

@@ -5,6 +5,7 @@ each with one.
 
     {"arguments": [...], "logs": [FILE, ...]}    the command line after ``tropism``; where each process's output goes
         "port": PORT                             with several processes: where they meet
+        "settings": {NAME: VALUE}                environment variables on top
         "slow": PHASE, "rank": RANK              that phase takes a minute (two seconds where it is to end), or fails
         "signals": [[SECONDS, NUMBER, RANK], ...]    sent after that long in the phase, each after the one before
     {"codes": [...], "seconds": [...]}           exit codes; seconds from the first signal (or the phase) to the ends
@@ -100,6 +101,7 @@ def in_child(request: dict[str, Any], rank: int, writing: int) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(request["port"])}
         os.environ["ACCELERATE_USE_CPU"] = "true"
+    os.environ |= request.get("settings", {})
     if request.get("slow") and rank == request.get("rank", 0):
         PHASES[request["slow"]](lambda: os.write(writing, b"reached\n"))
     code = cli.main(request["arguments"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 
 from tropism.algorithms.base import OnPolicyAlgorithm
-from tropism.config import Recipe
+from tropism.config import Recipe, free_run, resume_command
 from tropism.data.order import fingerprint
 from tropism.errors import ConfigError, TropismError
 from tropism.evaluation.heldout import LossEvaluation, RewardEvaluation
@@ -77,9 +77,9 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, allow_code: bool = False
         Interrupted: after a signal, with everything up to the last update saved.
     """
     interrupts = Interrupts()
-    with interrupts.listening():
+    with interrupts.listening(), ExitStack() as opened:
         with interrupts.abandonable():  # nothing is written before the run begins
-            assembled = Assembly(recipe, resume=resume, allow_code=allow_code, interrupts=interrupts)
+            assembled = Assembly(recipe, resume=resume, allow_code=allow_code, interrupts=interrupts, opened=opened)
             if assembled.resumption is not None and assembled.resumption.finished:
                 return assembled.finished_result(assembled.resumption)
             if profile:
@@ -87,26 +87,34 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, allow_code: bool = False
             assembled.check()
         if assembled.policy.device.type == "cpu":
             keep_freed_memory()
-        try:
-            assembled.run.execute(recipe.total_steps, resumed=assembled.checkpoint)
-        finally:
-            if assembled.harness is not None:
-                assembled.harness.close()
+        assembled.run.execute(recipe.total_steps, resumed=assembled.checkpoint)
     assembled.processes.accelerator.end_training()
     return assembled.result()
 
 
 class Assembly:
-    """Everything a recipe needs, built and connected."""
+    """Everything a recipe needs, built and connected.
+
+    Args:
+        opened: closes the workers of the reward when it ends, also where something else cannot be built.
+    """
 
     def __init__(
-        self, recipe: Recipe, *, resume: bool = False, allow_code: bool = False, interrupts: Interrupts | None = None
+        self,
+        recipe: Recipe,
+        *,
+        resume: bool = False,
+        allow_code: bool = False,
+        interrupts: Interrupts | None = None,
+        opened: ExitStack | None = None,
     ) -> None:
         if resume and recipe.run is None:
             raise ConfigError("to resume, name the run: run='runs/<name>' (tropism train --resume runs/<name>)")
         self.recipe = recipe
         config = recipe.algorithm
         self.harness = None if recipe.reward is None else RewardHarness(recipe.reward, allow_code=allow_code)
+        if self.harness is not None and opened is not None:
+            opened.callback(self.harness.close)
         self.processes = Processes(accelerator_for(recipe), interrupts)
         self.processes.leave_talking_to_main()
         path = Path(recipe.run) if recipe.run else free_run(config.name)
@@ -135,6 +143,7 @@ class Assembly:
             export=self._export,
             begin=self._write_head,
             identity=self._identity,
+            command=resume_command(self.folder.path, allow_code=allow_code),
         )
         source = self._on_policy_source() if config.on_policy else self._demonstration_source()
         self.trainer = self._build_trainer(source)
@@ -356,14 +365,6 @@ class Assembly:
             metrics=dict(self.run.recent),
             path=self.folder.path,
         )
-
-
-def free_run(method: str) -> Path:
-    """runs/<method>-<number> with the first number that is free."""
-    number = 1
-    while (path := Path("runs") / f"{method}-{number}").exists():
-        number += 1
-    return path
 
 
 def _open_folder(path: Path, processes: Processes, *, resume: bool) -> RunFolder:

@@ -150,6 +150,19 @@ def _refuse_secrets(recipe: Recipe) -> None:
         )
 
 
+def resume_command(folder: Path, *, allow_code: bool) -> str:
+    """What goes on with a run."""
+    return f"tropism train --resume {folder}" + (" --allow-code" if allow_code else "")
+
+
+def free_run(method: str) -> Path:
+    """runs/<method>-<number> with the first number that is free."""
+    number = 1
+    while (path := Path("runs") / f"{method}-{number}").exists():
+        number += 1
+    return path
+
+
 def run_folder_name(given: str) -> str:
     """A run folder as it was given, or as an absolute path where ``~`` or ``..`` in it lead somewhere else.
 

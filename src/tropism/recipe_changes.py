@@ -43,8 +43,8 @@ FREE = frozenset(
 )
 """Fields that no update depends on."""
 
-HOW_REWARDS_ARE_CALLED = re.compile(r"reward\.(timeout|terms\..+\.(timeout|retries|concurrency|cache))")
-"""Fields that say how a reward function is called, not what it answers."""
+HOW_REWARDS_ARE_CALLED = re.compile(r"reward\.(timeout|terms\.((?!\.args\.).)+\.(timeout|retries|concurrency|cache))")
+"""Fields that say how a reward function is called, not what it answers; its own arguments may have the same names."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,9 @@ _FORMS: dict[str, re.Pattern[str]] = {
     ),
     "an authorization header": re.compile(
         r"(?P<kept>\b(?:authorization|x-api-key)['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|token)\s+)?"
-        r"|\bbearer\s+(?=[^\s]*\d))[A-Za-z0-9._~+/=-]{6,}",
+        r"|\bbearer\s+(?=[^\s]*\d))"
+        # The name of an environment variable is what belongs there, and is no secret.
+        r"(?!(?-i:[A-Z][A-Z0-9_]*)(?![A-Za-z0-9._~+/=-]))[A-Za-z0-9._~+/=-]{6,}",
         re.IGNORECASE,
     ),
     "a secret with its name": re.compile(

@@ -31,6 +31,8 @@ from tropism.errors import ModelError, NumericsError
 from tropism.training.config import CheckpointConfig
 from tropism.training.interrupt import Interrupted
 
+LAUNCHED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+"""What ``accelerate launch --use_fsdp --fsdp_version 2`` sets."""
 GRPO_SETTING = GRPO(group_size=2, num_epochs=2, minibatch_size=3)
 BEST = CheckpointConfig(best_metric="eval/loss", best_mode="min", use_best=True)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from distributed.sharded import LAUNCHED
 from forked_runs import LIMIT, Server, assert_same_run, serving, write_recipe
 from tropism.training.checkpoint import list_checkpoints
 
@@ -120,3 +122,31 @@ def test_a_process_that_dies_while_the_other_is_busy(server: Server, recipe: Pat
     assert ended.reached and ended.codes == [1, -signal.SIGKILL], ended.said
     assert max(ended.seconds) < LIMIT
     assert "process 1 of this run has died" in ended.said[0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_process_ends_all_that_share_sharded_weights(
+    rank: int, server: Server, recipe: Path, tmp_path: Path
+) -> None:
+    """The others wait inside a collective of a pass."""
+    ended = server.train(recipe, tmp_path / "run", "failing update", count=2, rank=rank, settings=LAUNCHED)
+    assert ended.reached and ended.codes == [1, 1], ended.said
+    assert max(ended.seconds) < LIMIT
+    assert "error: OutOfMemoryError:" in ended.said[0] and "tried to allocate 2 GB" in ended.said[0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_ends_the_others_that_share_its_weights(
+    rank: int, server: Server, recipe: Path, tmp_path: Path
+) -> None:
+    """Nothing is saved: a part of every weight is lost. A signal that a launcher then sends changes nothing."""
+    run = tmp_path / "run"
+    signals = (0.3, signal.SIGKILL, rank), (1.0, signal.SIGTERM, 1 - rank)
+    for count in (1, 2):
+        ended = server.train(recipe, run, "update", *signals[:count], count=2, rank=rank, settings=LAUNCHED)
+        assert ended.reached and ended.codes[rank] == -signal.SIGKILL, ended.said
+        assert ended.codes[1 - rank] == 1, ended.said
+        assert max(ended.seconds) < LIMIT
+        assert "process" in ended.said[1 - rank] and "died" in ended.said[1 - rank]
+        assert list_checkpoints(run / "checkpoints") == []
+        shutil.rmtree(run)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from distributed.sharded import CASES, STOPPED, assembled, interrupted, run_cases, whole_weights
+from distributed.sharded import CASES, LAUNCHED, STOPPED, assembled, interrupted, run_cases, whole_weights
 from tiny_models import tiny_model
 from tiny_runs import assert_same, execute, logged
 from tropism.errors import ConfigError
@@ -23,8 +23,6 @@ from tropism.recipe_processes import sharding
 from two_started import start_two
 
 SCRIPT = Path(__file__).with_name("sharded.py")
-LAUNCHED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-"""What ``accelerate launch --use_fsdp --fsdp_version 2`` sets."""
 distributed = pytest.mark.distributed
 
 

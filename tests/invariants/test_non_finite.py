@@ -15,8 +15,9 @@ from tropism.build import Assembly
 from tropism.errors import NumericsError
 from tropism.rewards import RewardHarness
 from tropism.rollouts.engine import EmbeddedSampler
-from tropism.training.checkpoint import list_checkpoints, read_checkpoint
+from tropism.training.checkpoint import checkpoint_name, list_checkpoints, read_checkpoint
 from tropism.training.config import CheckpointConfig
+from tropism.training.state import trainable_state
 from tropism.types import RewardBatch, Rollouts
 
 NAN, INF = float("nan"), float("inf")
@@ -30,13 +31,15 @@ def poisoned(tensor: torch.Tensor, value: float = NAN) -> torch.Tensor:
 
 
 def refused(assembly: Assembly, message: str) -> None:
-    """The run stops with the message, and neither weights nor moments have changed."""
+    """The run stops with the message, weights and moments as they were; so they are saved."""
     before = weights_of(assembly)
     with pytest.raises(NumericsError, match=message):
         execute(assembly)
     assert_same(before, weights_of(assembly))
     assert assembly.trainer.counts.updates == 0
-    assert list_checkpoints(assembly.folder.path / "checkpoints") == []
+    (saved,) = list_checkpoints(assembly.folder.path / "checkpoints")
+    assert saved.name == checkpoint_name(steps=0, updates=0)
+    assert_same(dict(read_checkpoint(saved).tensors["policy"]), trainable_state(assembly.policy))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -174,7 +174,7 @@ def test_an_argument_that_is_not_there_is_named(make_inputs: Make) -> None:
     for on_error in ("raise", "skip"):
         harness = RewardHarness(RewardConfig.of({"use": reward, "on_error": on_error}))
         with pytest.raises(
-            RewardError, match=r"'reward', step 3 needs the argument 'solution'.*available: answer, prompts"
+            RewardError, match=r"'reward', after step 3 needs the argument 'solution'.*available: answer, prompts"
         ):
             harness.evaluate(make_inputs(TWO, answer=["x", "y"]))
 
@@ -256,7 +256,9 @@ def broken_generator(completions: list[str], **kwargs: Any) -> Any:
 def test_an_exception_names_function_step_prompt_and_place(reward: Any, make_inputs: Make) -> None:
     harness = RewardHarness(RewardConfig.of({"warmth": reward}))
     name = reward.__name__
-    message = rf"reward 'warmth' \({name}\), step 3 raised KeyError: 'label' at .*test_harness.py:\d+ .*'prompt 0'"
+    message = (
+        rf"reward 'warmth' \({name}\), after step 3 raised KeyError: 'label' at .*test_harness.py:\d+ .*'prompt 0'"
+    )
     with pytest.raises(RewardError, match=message) as caught:
         harness.evaluate(make_inputs(TWO))
     assert isinstance(caught.value.__cause__, KeyError)
@@ -265,11 +267,11 @@ def test_an_exception_names_function_step_prompt_and_place(reward: Any, make_inp
 def test_a_bad_value_names_function_step_row_and_prompt(make_inputs: Make) -> None:
     harness = RewardHarness(RewardConfig.of(lambda completions: [1.0, float("nan")]))
     with pytest.raises(
-        RewardError, match=r"reward 'reward', step 3, row 1 \(prompt 'prompt 1'\): returned NaN; return None"
+        RewardError, match=r"reward 'reward', after step 3, row 1 \(prompt 'prompt 1'\): returned NaN; return None"
     ):
         harness.evaluate(make_inputs(TWO))
     harness = RewardHarness(RewardConfig.of({"r": lambda completions: [1.0]}))
-    with pytest.raises(RewardError, match=r"reward 'r' \(reward\), step 3 returned 1 rewards for 2 completions"):
+    with pytest.raises(RewardError, match=r"reward 'r' \(reward\), after step 3 returned 1 rewards for 2 completions"):
         harness.evaluate(make_inputs(TWO))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tiny_runs import Setting, assemble, execute, logged
-from tropism.errors import RewardError
+from tiny_runs import Setting, assemble, assert_same, early_letters, execute, logged, make_recipe, weights_of
+from tropism import build
+from tropism.errors import ConfigError, ModelError, RewardError, StorageError
 from tropism.rewards import RewardConfig
 from tropism.training.checkpoint import newest_complete
 from tropism.training.config import CheckpointConfig
@@ -66,11 +68,31 @@ def test_a_failure_names_the_step_and_keeps_the_last_checkpoint(tmp_path: Path) 
     trainer = {"checkpoints": CheckpointConfig(every=1)}
     assembly = assemble(GRPO, tmp_path / "run", reward=RewardConfig.of(early), total_steps=4, trainer=trainer)
     with pytest.raises(
-        RewardError, match=r"reward 'early', step 2 raised OSError: no answer .*rows 0 to 7, first prompt"
+        RewardError, match=r"reward 'early', after step 2 raised OSError: no answer .*rows 0 to 7, first prompt"
     ):
         execute(assembly)
     newest, _ = newest_complete(tmp_path / "run" / "checkpoints")
     assert newest is not None and newest.name.startswith("step-000002")
+
+
+def test_an_error_loses_nothing_that_was_done(tmp_path: Path) -> None:
+    """Without checkpoints on the way, too; with the cause mended the run is the one that met no error."""
+    down = [True]
+
+    def early(completions: list[str], trainer_state: Any) -> list[float]:
+        if trainer_state["step"] == 2 and down[0]:
+            raise OSError("no answer")
+        return [float(len(text)) for text in completions]
+
+    setting: dict[str, Any] = {"reward": RewardConfig.of(early), "total_steps": 3}
+    with pytest.raises(RewardError, match="no answer"):
+        execute(assemble(GRPO, tmp_path / "run", **setting))
+    down[0] = False
+    resumed = execute(assemble(GRPO, tmp_path / "run", resume=True, **setting))
+    whole = execute(assemble(GRPO, tmp_path / "whole", **setting))
+    assert_same(weights_of(whole), weights_of(resumed))
+    texts = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("run", "whole")]
+    assert texts[0] == texts[1]
 
 
 def test_a_hang_ends_a_run_or_leaves_rows_unscored(tmp_path: Path) -> None:
@@ -133,3 +155,31 @@ def test_messages_count_rows_over_all_processes(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(assembly.processes, "share", second_half)
     with pytest.raises(RewardError, match=r"row 5 "):
         assembly.trainer.source._score(sampled, prompts, {"step": 0})  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("step", ["policy_of", "preflight", "the second term", "the cache"])
+def test_no_worker_outlives_a_run_that_cannot_begin(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while its error is kept, as a notebook does."""
+    workers: list[subprocess.Popen[bytes]] = []
+
+    class Noted(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            workers.append(self)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ModelError("it cannot begin")
+
+    terms: dict[str, dict[str, Any]] = {"early": {"use": early_letters, "timeout": 30}}
+    if step == "the second term":
+        terms["odd"] = {"use": "no-such-reward"}
+    elif step == "the cache":
+        terms["early"]["cache"] = tmp_path
+    else:
+        monkeypatch.setattr(build, step, fail)
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    recipe = make_recipe(GRPO, tmp_path / "run", reward=RewardConfig.of({"terms": terms}))
+    with pytest.raises((ModelError, ConfigError, StorageError)) as failed:
+        build.run_recipe(recipe)
+    assert failed.value is not None and len(workers) == 1
+    assert [worker.poll() is None for worker in workers] == [False]

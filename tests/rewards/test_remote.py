@@ -138,7 +138,7 @@ def error_of(judge: Judge, inputs: RewardInputs, **settings: Any) -> str:
         harness.evaluate(inputs)
     harness.close()
     message = str(caught.value)
-    assert message.startswith("reward 'remote', step 3") and "'prompt " in message
+    assert message.startswith("reward 'remote', after step 3") and "'prompt " in message
     return message
 
 

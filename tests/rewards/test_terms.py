@@ -233,7 +233,7 @@ def test_many_failures_do_not_flood(make_inputs: Make, caplog: pytest.LogCapture
 
     harness_of(reward, rows_per_call=1, on_error="skip").evaluate(make_inputs(FIVE))
     assert [record.message for record in caplog.records][3:] == [
-        "left unscored: 2 more calls of reward 'reward', step 3 failed"
+        "left unscored: 2 more calls of reward 'reward', after step 3 failed"
     ]
 
 
@@ -338,3 +338,24 @@ def test_settings_out_of_range_are_named(settings: dict[str, Any], message: str)
     with pytest.raises(ConfigError, match="timeout"):
         RewardConfig.of({"terms": {"a": "length"}, "timeout": -1})
     assert terms.LONGEST_WAIT == 60.0
+
+
+def test_a_batch_that_is_abandoned_while_a_worker_starts_leaves_none(make_inputs: Make) -> None:
+    scored = harness_of(lambda completions: [1.0] * len(completions), timeout=30.0)
+    (term,) = scored.terms.values()
+    assert term.workers is not None
+    workers, start = term.workers, term.workers._worker
+    started: list[Any] = []
+
+    def late(index: int) -> Any:
+        stopped.set()
+        scored.close()
+        started.append(start(index))
+        return started[-1]
+
+    workers._worker = late  # type: ignore[method-assign]
+    stopped = threading.Event()
+    batch = term.plan(make_inputs(FIVE), use_cache=False, stopped=stopped)
+    batch.work()
+    assert [worker.ended for worker in started] == [True]
+    assert "was abandoned" in str(batch.failures[0][1])

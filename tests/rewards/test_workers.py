@@ -177,7 +177,7 @@ def test_a_hang_is_stopped_and_never_scored_as_nought(
     harness = harness_of(hang(how), timeout=0.3, on_error=on_error)
     began = time.monotonic()
     stuck = make_inputs(["loop", "b"])
-    message = rf"reward '{how}', step 3 took longer than its timeout of 0.3 s.*rows 0 to 1.*'prompt 0'"
+    message = rf"reward '{how}', after step 3 took longer than its timeout of 0.3 s.*rows 0 to 1.*'prompt 0'"
     if on_error == "raise":
         with pytest.raises(RewardError, match=message):
             harness.evaluate(stuck)
@@ -241,7 +241,7 @@ def test_a_worker_that_dies_is_a_stated_failure_and_starts_again(
         return [1.0] * len(completions)
 
     harness = harness_of(reward)
-    with pytest.raises(RewardError, match=rf"reward 'reward', step 3 ended its worker process {said}.*'prompt 0'"):
+    with pytest.raises(RewardError, match=rf"'reward', after step 3 ended its worker process {said}.*'prompt 0'"):
         harness.evaluate(make_inputs([die]))
     assert values(harness, make_inputs(TWO)) == [1.0, 1.0]
 

@@ -342,6 +342,7 @@ def test_the_command_line_refuses_secrets_without_repeating_them(capsys: pytest.
         ("https://user:pass@host/x?a=1", "https://[redacted]@host/x?a=1"),
         ("GET /x?token=abc123def&b=2", "GET /x?token=[redacted]&b=2"),
         ("{'Authorization': 'Bearer abc.def.1'}", "{'Authorization': 'Bearer [redacted]'}"),
+        ("X-Api-Key: JUDGE_TOKENabc1", "X-Api-Key: [redacted]"),
         ("sk-proj-Abc123Def456Ghi789", "[redacted]"),
         ("ghp_abcdefghijklmnopqrst0123", "[redacted]"),
         ("WANDB_API_KEY=0123456789abcdef", "WANDB_API_KEY=[redacted]"),
@@ -383,3 +384,9 @@ def test_values_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert redact(f"in {tmp_path}") == f"in {tmp_path}"
     row = {"a": ["wordless/secret+value"], "n": 3, "b": None}
     assert redact_values(row) == {"a": ["[redacted]"], "n": 3, "b": None}
+
+
+def test_the_name_of_an_environment_variable_is_no_secret() -> None:
+    """Headers of the remote reward name one, in recipes that a resumed run reads again."""
+    for text in ("Authorization: JUDGE_TOKEN", "X-Api-Key: 'JUDGE_TOKEN'", '{"Authorization": "JUDGE_TOKEN"}'):
+        assert redact(text) == text and find_secret(text) is None

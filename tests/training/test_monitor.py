@@ -39,6 +39,7 @@ def test_a_healthy_run_is_left_alone() -> None:
         ({"rollout/effective_sample_size": 0.8, "rollout/logprob_mismatch": 0.4}, ["0.4 nats", "0.8 of", "precision"]),
         ({"rollout/sequence_effective_sample_size": 0.2}, ["0.2 of their number", "importance_cap"]),
         ({"reward/unscored": 1.0}, ["no opinion"]),
+        ({"reward/judge/skipped": 3.0}, ["3 completions", "'judge'", "error/judge"]),
     ],
 )
 def test_each_trouble_is_named_once_with_its_mend(change: Metrics, words: list[str]) -> None:

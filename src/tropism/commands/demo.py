@@ -38,6 +38,7 @@ def run(arguments: Sequence[str]) -> None:
 
     from tropism.build import run_recipe
     from tropism.commands.quiet import quieten_libraries
+    from tropism.config import resume_command
     from tropism.demo import STEPS, available_cores, demo_recipe, free_folder
 
     quieten_libraries()
@@ -53,7 +54,7 @@ def run(arguments: Sequence[str]) -> None:
         f"GRPO, {recipe.total_steps} steps, {torch.get_num_threads()} threads: openings of remarks about films are "
         "completed, and the VADER lexicon's opinion of each completion is the reward."
     )
-    with_interrupts_told(lambda: run_recipe(recipe), Path(folder))
+    with_interrupts_told(lambda: run_recipe(recipe), Path(folder), resume_command(Path(folder), allow_code=False))
     show_run(Path(folder))
     out.print(f'\nnext: tropism generate {folder} "The film was"', soft_wrap=True)
 

@@ -59,9 +59,9 @@ def run(arguments: Sequence[str]) -> None:
     profile = "profile" in words.flags
     if profile:
         os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's own messages; read when torch is imported
-    from tropism.build import Assembly, free_run, run_recipe
+    from tropism.build import Assembly, run_recipe
     from tropism.commands.quiet import quieten_libraries
-    from tropism.config import Recipe
+    from tropism.config import Recipe, free_run, resume_command
 
     quieten_libraries()
     recipe = Recipe.from_mapping(mapping)
@@ -78,14 +78,17 @@ def run(arguments: Sequence[str]) -> None:
         return
     if recipe.run is None:
         recipe = replace(recipe, run=str(free_run(recipe.algorithm.name)))
+    folder = Path(str(recipe.run))
     with_interrupts_told(
-        lambda: run_recipe(recipe, resume=resume, allow_code=allow_code, profile=profile), Path(str(recipe.run))
+        lambda: run_recipe(recipe, resume=resume, allow_code=allow_code, profile=profile),
+        folder,
+        resume_command(folder, allow_code=allow_code),
     )
     _show_end(recipe)
 
 
-def with_interrupts_told(train: Any, folder: Path) -> Any:
-    """Call ``train``; after a signal say what was saved and how to go on, and let the interruption pass."""
+def with_interrupts_told(train: Any, folder: Path, command: str) -> Any:
+    """Call ``train``; after a signal say what was saved and which command goes on, and let the interruption pass."""
     try:
         return train()
     except Interrupted:
@@ -96,7 +99,7 @@ def with_interrupts_told(train: Any, folder: Path) -> Any:
             tell(f"nothing is saved in {folder}", label="interrupted: ", style="bold yellow")
         else:
             tell(
-                f"saved {newest}; go on with: tropism train --resume {folder}",
+                f"saved {newest}; go on with: {command}",
                 label="interrupted: ",
                 style="bold yellow",
             )

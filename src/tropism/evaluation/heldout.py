@@ -60,7 +60,7 @@ class RewardEvaluation:
                 own = self.sampler.generate(self.policy, mine, self.sampling, key=key, first_index=first)
             return [own.to("cpu")]
 
-        with self.policy.whole():
+        with self.processes.entered(self.policy.whole()):
             parts = self.processes.together(sample)
         rollouts = Rollouts.concat([rollouts for part in parts for rollouts in part])
         inputs = self.transcribe(rollouts, self.prompts, {"step": step})

@@ -247,7 +247,7 @@ class RewardHarness:
         return (
             f"reward {name!r}"
             + (f" ({function})" if function != name else "")
-            + (f", step {step}" if step is not None else "")
+            + ("" if step is None else f", after step {step}" if step else ", before step 1")
         )
 
     def _message(self, name: str, rows: Sequence[int], failure: CallError, inputs: RewardInputs, first_row: int) -> str:

@@ -48,8 +48,12 @@ class TermRunner:
             self.workers = Workers(term, self._traveller(allow_code), self.timeout, name=name)
         self.cache: RewardCache | None = None
         if term.cache is not None:
-            check_cacheable(self._asks, name)
-            self.cache = RewardCache(term.cache, identity_of(term, self.function, name))
+            try:
+                check_cacheable(self._asks, name)
+                self.cache = RewardCache(term.cache, identity_of(term, self.function, name))
+            except BaseException:
+                self.close()
+                raise
 
     def _traveller(self, allow_code: bool) -> RewardFn | None:
         """The function that goes to a worker, or None where the worker finds it by its name."""

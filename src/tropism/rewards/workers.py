@@ -53,7 +53,11 @@ class Workers:
         self._locks = [threading.Lock() for _ in range(term.concurrency)]
         self._workers: list[Worker | None] = [None] * term.concurrency
         self._finalizer = weakref.finalize(self, _end_all, self._workers, os.getpid())
-        ready = self._worker(0).ready()
+        try:
+            ready = self._worker(0).ready()
+        except BaseException:  # an interrupt, say
+            self.kill()
+            raise
         self.asks: Asks = ready["asks"]
         self.is_async: bool = ready["async"]
 
@@ -71,6 +75,8 @@ class Workers:
         while not stopped.is_set():
             try:
                 worker = self._worker(index)
+                if stopped.is_set():  # ``kill`` may have come before this one was started
+                    worker.kill()
                 worker.ready()
                 return worker.call(call, self.timeout, grace=GRACE if self.is_async else 0.0)
             except _KilledError:

@@ -61,19 +61,22 @@ class BoundarySaver:
         boundary = self.newest
         if boundary is None or boundary is self._saved:
             return
-        trained = self.gather() if boundary.trained is None else boundary.trained
+        with self.processes.in_step():
+            trained = self.gather() if boundary.trained is None else boundary.trained
         self.processes.together(lambda: self._write(boundary, trained), abandon=False)
         self._saved = boundary
 
-    def save_alone(self) -> None:
+    def save_alone(self) -> bool:
         """The same without the other processes, who may have gone; from any thread, as long as no update is made.
 
-        Sharded weights cannot be had then, and nothing is saved.
+        Returns:
+            Whether the newest boundary is saved: sharded weights cannot be had then.
         """
         boundary = self.newest
         if boundary is not None and boundary is not self._saved and boundary.trained is not None:
             self._write(boundary, boundary.trained)
             self._saved = boundary
+        return boundary is not None and boundary is self._saved
 
     def keep_best(self, checkpoint: Checkpoint) -> None:
         """Write ``best/``; all processes call this together. Raises as ``save`` does."""

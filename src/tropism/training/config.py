@@ -48,7 +48,7 @@ class CheckpointConfig:
     """What is kept of a run, and when it stops early."""
 
     every: int | None = None
-    """Save after this many steps; None: at the end and on a signal only."""
+    """Save after this many steps; None: at the end, on a signal and after an error only."""
     keep: int = 2
     """Newest checkpoints to keep; older ones are deleted."""
     best_metric: str | None = "eval/reward"

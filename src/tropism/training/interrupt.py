@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from tropism.errors import TropismError
+
 if TYPE_CHECKING:  # with torch, which the command line does not wait for
     from tropism.training.bulletin import Bulletin
 
@@ -34,11 +36,15 @@ FAREWELL = 60.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised where work can be abandoned; ``signal_number`` says why."""
+    """Raised where work can be abandoned; ``signal_number`` says why.
 
-    def __init__(self, signal_number: int) -> None:
+    Args:
+        left_alone: whether another process has gone already, so that none can be met any more.
+    """
+
+    def __init__(self, signal_number: int, *, left_alone: bool = False) -> None:
         super().__init__(signal.Signals(signal_number).name)
-        self.signal_number = signal_number
+        self.signal_number, self.left_alone = signal_number, left_alone
 
 
 class CalledOffError(BaseException):
@@ -100,12 +106,16 @@ class Interrupts:
         Raises:
             Interrupted, CalledOffError, or the error of a process that has left: at any moment inside the block.
         """
-        self._raise_if_asked()
         before = self.may_abandon
         try:
+            self._raise_if_asked()
             self.may_abandon = True
             self._raise_if_asked()
             yield
+        except CalledOffError:
+            if self.trouble is not None:
+                raise self.trouble from None
+            raise
         finally:
             self.may_abandon = before
             with self.leaving:  # where the run is being ended without this thread, that is the end of it
@@ -113,14 +123,13 @@ class Interrupts:
 
     @contextmanager
     def meeting(self) -> Iterator[None]:
-        """A block that waits for other processes; nothing raises in it but the wait itself."""
-        before, self.may_abandon = self.may_abandon, False
-        self.meeting_since = time.monotonic()
+        """A block that waits for other processes; nothing raises in it but the wait itself. May lie in another."""
+        before, since = self.may_abandon, self.meeting_since
+        self.may_abandon, self.meeting_since = False, time.monotonic()
         try:
             yield
         finally:
-            self.meeting_since = None
-            self.may_abandon = before
+            self.meeting_since, self.may_abandon = since, before
             with self.leaving:
                 pass
 
@@ -189,12 +198,10 @@ class Interrupts:
     def _raise_if_asked(self, may: bool = True) -> None:
         if not may:
             return
-        if self.trouble is not None:
-            raise self.trouble
-        if self.received is not None:
+        if self.trouble is None and self.received is not None:
             raise Interrupted(self.received)
-        if self.called_off:
-            raise CalledOffError
+        if self.trouble is not None or self.called_off:
+            raise CalledOffError  # and no ordinary error, which what is under way might take for its own
 
     def _leave(self, error: BaseException | None) -> None:
         """Tell the other processes that this one ends; those after the first wait until that one has saved and told."""
@@ -293,12 +300,15 @@ class _Watch(threading.Thread):
             if self.interrupts.rescue is not None and (trouble is None or isinstance(trouble, ProcessLostError)):
                 self.interrupts.rescue()
             if trouble is not None:
-                sys.stderr.write(f"error: {trouble}\n")
+                kind = "" if isinstance(trouble, TropismError) else f"{type(trouble).__name__}: "
+                sys.stderr.write(f"error: {kind}{trouble}\n")
                 sys.stderr.flush()
             if bulletin is not None:
                 bulletin.leave(trouble, signal_number=None if trouble is not None else number)
         finally:
-            os._exit(1 if trouble is not None or number is None else 128 + number)
+            if trouble is None and number is not None:
+                os._exit(128 + number)
+            os._exit(2 if isinstance(trouble, TropismError) else 1)  # as the command line does
 
 
 @contextmanager

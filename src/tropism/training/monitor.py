@@ -116,6 +116,18 @@ class Monitor:
                 for name, value in metrics.items():
                     message = message.replace(f"{{{name}}}", f"{value:.3g}")
                 due.append(message)
+        return due + self._failing_rewards(metrics)
+
+    def _failing_rewards(self, metrics: Metrics) -> list[str]:
+        due = []
+        for name, count in metrics.items():
+            if name.startswith("reward/") and name.endswith("/skipped") and name not in self.given:
+                self.given.add(name)
+                term = name.removeprefix("reward/").removesuffix("/skipped")
+                due.append(
+                    f"{count:.0f} completions were left unscored because calls of the reward {term!r} failed; the "
+                    f"column error/{term} of rollouts/*.parquet says why"
+                )
         return due
 
     def state_dict(self) -> dict[str, object]:

@@ -6,7 +6,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -76,7 +76,7 @@ class Processes:
         Args:
             abandon: whether the work may be thrown away, at any moment, once a signal has come.
             alone: whether no process needs the others during the work. Where it does (sharded weights are exchanged in
-                every pass), nothing interrupts it: it asks ``agree_to_go_on`` by itself.
+                every pass) it is done ``in_step``, and asks ``agree_to_go_on`` by itself.
 
         Raises:
             Interrupted: a process received a signal.
@@ -89,9 +89,11 @@ class Processes:
         outcome: _Outcome[T] = _Outcome()
         cause: Exception | None = None
         try:
-            with self._abandonable(abandon and alone):
+            with self._abandonable(abandon) if alone else self.in_step():
                 outcome = _Outcome(values=(work(),))
         except Interrupted as interruption:
+            if interruption.left_alone:
+                raise
             outcome = _Outcome(signal=interruption.signal_number)
         except CalledOffError:
             pass
@@ -202,6 +204,34 @@ class Processes:
         self.gather([None])
 
     @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """A block in which processes wait for each other all along, as those that share sharded weights do.
+
+        No signal interrupts it. Errors of its own are raised as they are, but for those that another process caused by
+        leaving or dying: then its error, ``Interrupted`` or ``ProcessLostError`` is.
+        """
+        if self.count == 1:
+            yield
+            return
+        try:
+            with self.interrupts.meeting():
+                yield
+        except RuntimeError as error:
+            of_connection = type(error) is RuntimeError or isinstance(error, dist.DistError)
+            cause = self._last_words() if of_connection and not hasattr(error, "failure") else None
+            if cause is None:
+                raise
+            raise cause from error
+
+    @contextmanager
+    def entered(self, block: AbstractContextManager[object]) -> Iterator[None]:
+        """A block that all processes enter ``in_step``, and leave by themselves."""
+        with ExitStack() as stack:
+            with self.in_step():
+                stack.enter_context(block)
+            yield
+
+    @contextmanager
     def _meeting(self) -> Iterator[None]:
         """A block that waits for the other processes, and says why, should they not come."""
         try:
@@ -212,6 +242,11 @@ class Processes:
 
     def _why_alone(self, error: RuntimeError | None) -> BaseException:
         """What ended another process, so that this one waits in vain."""
+        broken = ProcessLostError(f"the connection to another process of this run broke: {error}")
+        return self._last_words() or broken
+
+    def _last_words(self) -> BaseException | None:
+        """What ended another process; None where that does not become known."""
         began = time.monotonic()
         while (waited := time.monotonic() - began) < LAST_WORDS:
             self.interrupts.hear()
@@ -219,9 +254,9 @@ class Processes:
                 return self.interrupts.trouble
             # Not at once: a launcher signals all processes when it sees that one has died.
             if self.interrupts.received is not None and waited > LAST_WORDS / 10:
-                return Interrupted(self.interrupts.received)
+                return Interrupted(self.interrupts.received, left_alone=True)
             time.sleep(0.05)
-        return ProcessLostError(f"the connection to another process of this run broke: {error}")
+        return None
 
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tropism.errors import ModelError, StorageError
+from tropism.errors import ModelError, NumericsError, StorageError
 from tropism.redaction import redact
 from tropism.training.boundary import Boundary, BoundarySaver
 from tropism.training.checkpoint import Checkpoint, newest_complete, read_checkpoint
@@ -56,10 +56,12 @@ class Run:
         export: Callable[[], None],
         begin: Callable[[], None],
         identity: Callable[[], Mapping[str, Any]],
+        command: str,
     ) -> None:
         self.folder, self.config, self.processes = folder, config, processes
         self.policy, self.evaluations, self.export = policy, evaluations, export
         self.interrupts, self.begin, self.identity = processes.interrupts, begin, identity
+        self.command = command  # that goes on with the run
         self.monitor = Monitor()
         self.best = Best()
         self.display: ProgressDisplay = Quiet()
@@ -98,7 +100,7 @@ class Run:
         newest, _ = newest_complete(self.folder.path / "checkpoints", hashes=False)
         if newest is None:
             return ". Nothing is saved yet; start the run again then"
-        return f", then go on from {newest.name} with: tropism train --resume {self.folder.path}"
+        return f", then go on from {newest.name} with: {self.command}"
 
     def _train(self, total_steps: int, *, resumed: Checkpoint | None) -> None:
         if resumed is not None:
@@ -120,11 +122,15 @@ class Run:
                 number = self.processes.signal_anywhere()
                 if number is not None:
                     raise Interrupted(number)
-            except (Interrupted, ProcessLostError):
-                if self.trainer.sharded:
+            except (Interrupted, ProcessLostError) as end:
+                if self.trainer.sharded and isinstance(end, Interrupted) and not end.left_alone:
                     self.saver.save()
                 else:  # nobody waits for a process that may have gone
                     self.saver.save_alone()
+                raise
+            except Exception as error:
+                if not isinstance(error, StorageError):  # which leaves no room for more
+                    self._save_after_error()
                 raise
             finally:
                 self.interrupts.rescue = None
@@ -136,17 +142,31 @@ class Run:
         self.display.stage("saving")
         self.saver.save()
         self.take_best()
-        self.policy.gather()
+        with self.processes.in_step():
+            self.policy.gather()
         self.processes.together(lambda: self.export() if self.processes.is_main else None, abandon=False)
         number = self.processes.signal_anywhere()
         if number is not None:
             raise Interrupted(number)
 
+    def _save_after_error(self) -> None:
+        """Keep what was done before an error, and say how to go on once its cause is mended."""
+        try:
+            saved = self.saver.save_alone()
+        except (StorageError, NumericsError) as error:
+            self.display.say(f"what was done before could not be saved: {error}")
+            return
+        if saved and self.processes.is_main:
+            counts = self.trainer.counts
+            self.display.say(
+                f"saved as after step {counts.steps}, update {counts.updates}; with the cause mended, go on with: "
+                f"{self.command}"
+            )
+
     def _rescue(self) -> None:
         """Save after a signal that this run's thread does not get to hear; called by another one."""
-        self.saver.save_alone()
-        if self.processes.is_main:
-            self.display.say(f"interrupted: saved; go on with: tropism train --resume {self.folder.path}")
+        if self.saver.save_alone() and self.processes.is_main:
+            self.display.say(f"interrupted: saved; go on with: {self.command}")
 
     def take_best(self) -> None:
         """With ``use_best``: give the policy the best weights, where they are not those before training.
@@ -286,7 +306,8 @@ class Run:
         if self.best.value is None or sign * value > sign * self.best.value:
             self.best = Best(value=value, step=step)
             if step > 0:
-                tensors = {"policy": trainable_state(self.policy)}
+                with self.processes.in_step():
+                    tensors = {"policy": trainable_state(self.policy)}
                 state = {"step": step, "metric": config.best_metric, "value": value}
                 self.saver.keep_best(Checkpoint(state=state, tensors=tensors))
         else:

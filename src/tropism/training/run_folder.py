@@ -64,12 +64,13 @@ class RunFolder:
         self.path, self.resume = path, resume
         if not str(path).isprintable():
             raise ConfigError(f"{str(path)!r} cannot be the name of a run folder: it has characters that do not print")
+        self._lock: RunLock | None = RunLock(path)
         try:
+            if path.is_dir():
+                self._lock.check()  # first: nobody shall be told to delete what a run is writing
             self._check()
         except OSError as error:
             raise ConfigError(f"{path} cannot be a run folder: {error.strerror or error}") from error
-        self._lock: RunLock | None = RunLock(path)
-        self._lock.check()
         self._seen = self._checkpoints()
 
     def _check(self) -> None:

@@ -237,7 +237,7 @@ class RolloutSource:
                 own = self.sampler.generate(self.policy, mine, self.sampling, group, key=key, first_index=first * group)
             return [own.to("cpu")]
 
-        with self.policy.whole():
+        with self.processes.entered(self.policy.whole()):
             parts = self.processes.together(sample)
         return Rollouts.concat([rollouts for part in parts for rollouts in part])
 

@@ -231,7 +231,8 @@ class Trainer:
     def _step(self) -> float:
         """Clip, refuse non-finite gradients, step; returns the gradient norm before clipping."""
         named = [(name, p) for name, p in self.policy.named_parameters() if p.grad is not None]
-        total = whole(get_total_norm([p.grad for _, p in named if p.grad is not None]))
+        with self.processes.in_step():
+            total = whole(get_total_norm([p.grad for _, p in named if p.grad is not None]))
         norm = float(total)
         if not math.isfinite(norm):
             # Clipping would spread NaN to every gradient, so the culprit is looked for before.
