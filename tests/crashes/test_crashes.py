@@ -218,10 +218,10 @@ def test_a_second_run_is_refused_while_the_first_works(
 ) -> None:
     run = tmp_path / "run"
     first = ask(run=run, setting="grpo-full", stop={"save": 6})
-    for resume, kind in ((True, "StorageError"), (False, "ConfigError")):
+    for resume in (True, False):
         answer = ask(run=run, setting="grpo-full", resume=resume)
-        assert (answer["ended"], answer["type"]) == ("error", kind), answer
-        assert "already holds a run" in answer["text"] or f"in use by process {first['pid']} on" in answer["text"]
+        assert (answer["ended"], answer["type"]) == ("error", "StorageError"), answer
+        assert f"in use by process {first['pid']} on" in answer["text"]
     assert len(RunData.read(run).metrics) > 5, "reading is not kept out"
     assert ask(go_on=first["pid"])["ended"] == "whole"
     assert_same(run, whole["grpo-full"][0])
