@@ -33,20 +33,22 @@ _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 class _Loader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
     """Safe YAML with the scalars of YAML 1.2: ``1e-5`` is a number; ``yes``, ``on``, ``1:30`` and dates are text."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc,unused-ignore]
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
-            raise _marked("aliases (*name) are not supported; write the value out", self.peek_event().start_mark)
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call,unused-ignore]
+            raise _marked("aliases (*name) are not supported; write the value out", mark)
         if self.depth == MAX_DEPTH:
-            raise _marked(f"nested more than {MAX_DEPTH} levels deep", self.peek_event().start_mark)
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call,unused-ignore]
+            raise _marked(f"nested more than {MAX_DEPTH} levels deep", mark)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:  # type: ignore[override,unused-ignore]
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -57,7 +59,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
             mapping[key] = self.construct_object(value_node, deep=True)
         return mapping
 
-    def construct_yaml_map(self, node: Any) -> dict[str, Any]:
+    def construct_yaml_map(self, node: Any) -> dict[str, Any]:  # type: ignore[override,unused-ignore]
         return self.construct_mapping(node)
 
     def construct_integer(self, node: Any) -> int:
@@ -79,7 +81,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc,unused-ignore]
     """Writes what ``_Loader`` reads: the same scalars need quotes, and nothing is abbreviated by aliases."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc,unused-ignore]
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
