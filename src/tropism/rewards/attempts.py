@@ -52,7 +52,7 @@ class CallError(Exception):
     """An attempt that came to nothing.
 
     Args:
-        what: goes on where "reward 'warmth', step 3" ends: " raised KeyError: 'label'", ": the server is gone".
+        what: goes on where "reward 'warmth', after step 3" ends: " raised KeyError: 'label'", ": the server is gone".
         row: the row of the call that it is about, where it is about one.
         again: whether another attempt may do better.
         timed_out: it took too long.

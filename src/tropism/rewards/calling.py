@@ -241,7 +241,7 @@ class AsyncRunner:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="tropism-rewards", daemon=True).start()
+                threading.Thread(target=_run_loop, args=(self._loop,), name="tropism-rewards", daemon=True).start()
             loop = self._loop
         future = asyncio.run_coroutine_threadsafe(_awaited(awaitable), loop)
         try:
@@ -271,6 +271,14 @@ def _forget(awaitable: Any) -> None:
     """Close a coroutine that was cancelled before it began, or it would complain of never having been awaited."""
     if inspect.iscoroutine(awaitable) and inspect.getcoroutinestate(awaitable) == inspect.CORO_CREATED:
         awaitable.close()
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """Until it is stopped; then its descriptors are given back."""
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
 
 
 async def _awaited(awaitable: Any) -> Any:

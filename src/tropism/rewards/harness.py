@@ -240,7 +240,7 @@ class RewardHarness:
             logger.warning("the data column %r is hidden from reward functions by the argument of that name", column)
 
     def _where(self, name: str, inputs: RewardInputs) -> str:
-        """'reward 'warmth' (my_function), step 3', as error messages begin."""
+        """'reward 'warmth' (my_function), after step 3', as error messages begin."""
         use = self.config.terms[name].use
         function = use if isinstance(use, str) else callable_name(use)
         step = inputs.trainer_state.get("step")
