@@ -131,10 +131,13 @@ def test_nothing_is_left_after_release(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_child_that_outlives_its_parent_holds_nothing(tmp_path: Path) -> None:
-    code = """
+@pytest.mark.parametrize("late", [0.0, 0.4])
+def test_a_child_that_outlives_its_parent_holds_nothing(late: float, tmp_path: Path) -> None:
+    """Also where the parent is killed before the child came to let go of what it was born with."""
+    code = f"""
 import os, sys, time
 from pathlib import Path
+os.register_at_fork(after_in_child=lambda: time.sleep({late}))
 from tropism.training.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 lock.acquire()

@@ -21,6 +21,9 @@ LOCK = ".lock"
 """The file that is locked; empty."""
 OWNER = ".lock-owner.json"
 """Process, host and start time of whoever holds the lock, for people and for messages."""
+PATIENCE = 1.0
+"""Seconds given to a lock whose owner is not known to be alive: one that has just locked is about to write who it is,
+and of one that was killed a child forked a moment before may still be about to let go."""
 LOCK_FILES = (LOCK, OWNER, f".{OWNER}.writing")
 
 
@@ -72,12 +75,18 @@ class RunLock:
         self._lock.release()
 
     def _take(self) -> None:
+        owner = None
         with writing(self.folder):
-            try:
-                self._lock.acquire(timeout=0)
-                return
-            except Timeout:  # which is an OSError, too
-                owner = _owner(self.folder, patience=1.0)
+            until = time.monotonic() + PATIENCE
+            while time.monotonic() < until:
+                try:
+                    self._lock.acquire(timeout=0)
+                    return
+                except Timeout:  # which is an OSError, too
+                    owner = _owner(self.folder)
+                if owner is not None and _may_be_alive(owner):
+                    break
+                time.sleep(0.02)
         by = "another process, which has just begun" if owner is None else _described(owner)
         raise StorageError(
             f"{self.folder} is in use by {by}: two runs cannot write into one folder. Wait until that one ends or stop "
@@ -85,22 +94,13 @@ class RunLock:
         )
 
 
-def _owner(folder: Path, *, patience: float = 0.0) -> dict[str, Any] | None:
-    """Who last took the lock and has not given it back.
-
-    Args:
-        patience: seconds to wait for the facts of a process that is alive, which are written just after it locks.
-    """
-    until = time.monotonic() + patience
-    while True:
-        try:
-            facts = json.loads((folder / OWNER).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            facts = None
-        owner = facts if isinstance(facts, dict) else None
-        if time.monotonic() >= until or (owner is not None and _may_be_alive(owner)):
-            return owner
-        time.sleep(0.02)
+def _owner(folder: Path) -> dict[str, Any] | None:
+    """Who last took the lock and has not given it back."""
+    try:
+        facts = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return facts if isinstance(facts, dict) else None
 
 
 def _may_be_alive(owner: dict[str, Any]) -> bool:
