@@ -1,10 +1,10 @@
-"""``python -m benchmarks [options]``, ``python -m benchmarks scaling [options]`` or ``... soak [options]``."""
+"""``python -m benchmarks [options]``, or one of the other measurements first: scaling, soak, conditioned."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import scaling, soak, standard
+from benchmarks import conditioned, scaling, soak, standard
 from benchmarks.runner import WorkerError
 
 
@@ -15,6 +15,8 @@ def main() -> None:
             scaling.main(arguments[1:])
         elif arguments[:1] == ["soak"]:
             soak.main(arguments[1:])
+        elif arguments[:1] == ["conditioned"]:
+            conditioned.main(arguments[1:])
         else:
             standard.main(arguments)
     except WorkerError as death:

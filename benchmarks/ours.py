@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def run(job: Job, gate: Gate) -> None:
     assembled = Assembly(recipe_of(job))
     if not job.its_work.equal_lengths:
         source: Any = assembled.trainer.source
-        source.sampler = ForcedLengths(source.sampler, job.its_work, assembled.loaded.tokens.eos_ids)
+        forced = ForcedLengths(source.maker.sampler, job.its_work, assembled.loaded.tokens.eos_ids)
+        source.maker = replace(source.maker, sampler=forced)
     if job.device == "cpu":
         keep_freed_memory()
     if job.its_work.kind == "rollout":
@@ -147,7 +149,8 @@ def sample(assembled: Assembly, gate: Gate) -> None:
     gate.ready()
     while True:
         gate.wait()
-        rollouts: Rollouts = source._sample(assembled.prompts)
+        group = assembled.recipe.algorithm.group_size  # type: ignore[attr-defined]
+        rollouts: Rollouts = source.maker.sample(assembled.prompts, group, collect=source.collects)
         gate.settle()
         seconds = time.perf_counter() - gate.started
         source.collects += 1

@@ -112,20 +112,25 @@ def test_a_subclass_with_columns_of_its_own_is_handled_alike() -> None:
     class Weighted(Tokens):
         weights: Tensor
         per_token: Tensor
+        states: Tensor
         names: tuple[str, ...]
 
     batch = Weighted(
         **rollouts().inputs,
         weights=torch.tensor([1.0, 2.0, 3.0]),
         per_token=torch.arange(9).view(3, 3),
+        states=torch.arange(18).view(3, 3, 2),
         names=("a", "b", "c"),
     )
     chosen = batch.select(torch.tensor([2, 0]))
     assert chosen.weights.tolist() == [3.0, 1.0]
     assert chosen.per_token.tolist() == [[6, 7], [0, 1]]
+    assert chosen.states.tolist() == [[[12, 13], [14, 15]], [[0, 1], [2, 3]]]
     assert chosen.names == ("c", "a")
     joined = Weighted.concat([chosen, batch.select(torch.tensor([1]))])
     assert joined.per_token.tolist() == [[6, 7, 0], [0, 1, 0], [3, 4, 5]]
+    assert joined.states[:, :, 0].tolist() == [[12, 14, 0], [0, 2, 0], [6, 8, 10]]
+    assert joined.states[2].tolist() == [[6, 7], [8, 9], [10, 11]]
     assert joined.prompt_ids.tolist() == [[8, 9], [5, 6], [0, 7]]
 
 

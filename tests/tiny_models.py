@@ -18,6 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -58,7 +59,11 @@ def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
 def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random fp32 model of ``family`` in eval mode; equal for equal seeds, whatever the global random state."""
     config = tiny_config(family, **overrides)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    # Falcon's eager attention adds the ALiBi bias twice.
+    attention = "sdpa" if family == "falcon_alibi" else "eager"
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=attention
+    )
     generator = torch.Generator().manual_seed(seed)
     seen: set[int] = set()
     with torch.no_grad():
@@ -128,6 +133,13 @@ _ROTARY: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 
+_FALCON: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
 _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "gpt2": (GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     "llama": (LlamaConfig, {**_ROTARY, "tie_word_embeddings": False}),
@@ -188,6 +200,8 @@ _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "partial_rotary_factor": 0.5,
         },
     ),
+    "falcon": (FalconConfig, {**_FALCON, "alibi": False}),
+    "falcon_alibi": (FalconConfig, {**_FALCON, "alibi": True}),
 }
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {family: partial(tiny_model, family) for family in _CONFIGS}

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 
 from tiny_models import tiny_model, tiny_tokenizer
-from tropism.algorithms import GRPO, PPO, RLOO, SFT, AlgorithmConfig, KLControl
+from tropism.algorithms import GRPO, PPO, RLOO, SFT, AlgorithmConfig, KLControl, Online, Quark, RewardConditioned
+from tropism.algorithms.base import OnPolicyConfig
 from tropism.build import Assembly
 from tropism.config import Recipe
 from tropism.data.prompts import make_prompts
 from tropism.models.lora import LoRA
 from tropism.rewards import RewardConfig
 from tropism.rollouts.config import Sampling
+from tropism.rollouts.engine import EmbeddedSampler
 from tropism.rollouts.randomness import StreamKey
 from tropism.training.config import TrainerConfig
 from tropism.types import Rollouts
@@ -25,15 +27,28 @@ from tropism.types import Rollouts
 PROMPTS = ["a cat", "the big dog", "oh", "is it so, my friend?", "we ran", "no"]
 TEXTS = ["a cat sat on a mat.", "the dog ran.", "oh no!", "is it so, my friend? it is.", "we ran and ran.", "no, no."]
 
+SCORED = [
+    {"prompt": "a cat", "completion": " sat on a mat.", "reward": 0.9},
+    {"prompt": "the dog", "completion": " ran.", "reward": 0.2},
+    {"prompt": "oh", "completion": " no!", "reward": -0.4},
+    {"prompt": "is it so", "completion": ", my friend? it is.", "reward": 0.5},
+    {"prompt": "we ran", "completion": " and ran.", "reward": 1.3},
+    {"prompt": "no", "completion": ", no.", "reward": 0.0},
+]
+
 METHODS: dict[str, AlgorithmConfig] = {
     "sft": SFT(),
     "ppo": PPO(group_size=2, num_epochs=2, minibatch_size=4, kl=KLControl(target=0.5, horizon=100)),
     "grpo": GRPO(group_size=2, num_epochs=2, minibatch_size=4),
     "rloo": RLOO(group_size=2, num_epochs=2, minibatch_size=4),
+    "conditioned": RewardConditioned(target_dropout=0.3, prompt_loss_weight=0.5),
+    "conditioned-online": RewardConditioned(online=Online(group_size=2, updates=4, batch_size=4, top=0.5)),
+    "quark": Quark(quantiles=3, group_size=2, updates=4, batch_size=4),
 }
 """Every method with several updates per collect, where it collects."""
 
-ON_POLICY = [name for name, config in METHODS.items() if config.on_policy]
+ON_POLICY = [name for name, config in METHODS.items() if isinstance(config, OnPolicyConfig)]
+"""Those that learn from the completions of the same step alone."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +68,23 @@ class Setting:
     def algorithm(self) -> AlgorithmConfig:
         return METHODS[self.method]
 
+    @property
+    def on_policy(self) -> bool:
+        """Whether it learns from the completions of the same step alone."""
+        return self.method in ON_POLICY
+
+    @property
+    def texts(self) -> list[Any]:
+        """What it reads."""
+        texts: dict[str, list[Any]] = {"prompts": [*PROMPTS], "demonstrations": [*TEXTS], "scored": [*SCORED]}
+        return texts[self.algorithm.reads]
+
     def with_algorithm(self, **changes: Any) -> AlgorithmConfig:
         return replace(self.algorithm, **changes)
 
 
 ALL_SETTINGS = [Setting(m, a, f) for m in METHODS for a in (False, True) for f in ("llama", "gpt2")]
-"""Four methods x all weights or an adapter x two families."""
+"""Every method x all weights or an adapter x two families."""
 
 SETTINGS = [s for s in ALL_SETTINGS if s.adapter == (s.family == "gpt2")]
 """One family each: all weights of a Llama, an adapter on a GPT-2 (whose layers are transposed)."""
@@ -73,13 +99,13 @@ def early_letters(completions: list[str]) -> list[float]:
 
 
 def make_recipe(setting: Setting, run: Path, **changes: Any) -> Recipe:
-    """A recipe of two steps (four for SFT) of a few prompts, with a running scale of the reward."""
+    """A recipe of two steps (four where a step is an update) of a few prompts, with a running scale of the reward."""
     algorithm = changes.pop("algorithm", setting.algorithm)
     trainer = changes.pop("trainer", {})
     fields: dict[str, Any] = {
         "model": (tiny_model(setting.family, seed=3), tiny_tokenizer()),
         "algorithm": algorithm,
-        "data": list(PROMPTS if algorithm.on_policy else TEXTS),
+        "data": setting.texts,
         "reward": RewardConfig.of({"terms": {"early": {"use": early_letters}}, "scale": "running"}),
         "run": str(run),
         "total_steps": 2 if algorithm.on_policy else 4,
@@ -90,7 +116,7 @@ def make_recipe(setting: Setting, run: Path, **changes: Any) -> Recipe:
         "train_layers": setting.train_layers,
         "trainer": TrainerConfig(**{"learning_rate": 1e-3, "progress": False, **trainer}),
     }
-    if not algorithm.on_policy:
+    if algorithm.reads != "prompts":
         fields["reward"] = None
     return Recipe(**{**fields, **changes})
 
@@ -143,4 +169,5 @@ def sample(assembly: Assembly, *, group: int = 2) -> Rollouts:
     """Completions of every prompt by the policy as it is."""
     prompts = make_prompts(PROMPTS, assembly.loaded.tokenizer, max_length=None)
     key = StreamKey(seed=11, purpose="checks")
-    return assembly.sampler.generate(assembly.policy, prompts, assembly.recipe.sampling, group, key=key)
+    sampler = EmbeddedSampler(assembly.loaded.tokenizer, assembly.loaded.tokens.eos_ids)
+    return sampler.generate(assembly.policy, prompts, assembly.recipe.sampling, group, key=key)

@@ -15,7 +15,19 @@ os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 if TYPE_CHECKING:
-    from tropism.algorithms import ALGORITHMS, GRPO, PPO, RLOO, SFT, Critic, KLControl, MissingEos
+    from tropism.algorithms import (
+        ALGORITHMS,
+        GRPO,
+        PPO,
+        RLOO,
+        SFT,
+        Critic,
+        KLControl,
+        MissingEos,
+        Online,
+        Quark,
+        RewardConditioned,
+    )
     from tropism.api import train
     from tropism.build import Result
     from tropism.config import Recipe
@@ -32,7 +44,19 @@ if TYPE_CHECKING:
     from tropism.training.config import CheckpointConfig, EvaluationConfig, OptimizerConfig, TrainerConfig
 
 _HOMES = {
-    "tropism.algorithms": ("ALGORITHMS", "GRPO", "PPO", "RLOO", "SFT", "Critic", "KLControl", "MissingEos"),
+    "tropism.algorithms": (
+        "ALGORITHMS",
+        "GRPO",
+        "PPO",
+        "RLOO",
+        "SFT",
+        "Critic",
+        "KLControl",
+        "MissingEos",
+        "Online",
+        "Quark",
+        "RewardConditioned",
+    ),
     "tropism.api": ("train",),
     "tropism.build": ("Result",),
     "tropism.config": ("Recipe",),
@@ -64,11 +88,14 @@ __all__ = [
     "LoRA",
     "MissingEos",
     "ModelConfig",
+    "Online",
     "OptimizerConfig",
     "Policy",
+    "Quark",
     "Recipe",
     "Reference",
     "Result",
+    "RewardConditioned",
     "RewardConfig",
     "RewardTerm",
     "Sampling",

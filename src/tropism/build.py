@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,20 +13,17 @@ from typing import Any, TypeVar
 import torch
 from peft import PeftModel
 
-from tropism.algorithms.base import OnPolicyAlgorithm
 from tropism.config import Recipe, free_run, resume_command
-from tropism.data.order import fingerprint
 from tropism.errors import ConfigError, TropismError
-from tropism.evaluation.heldout import LossEvaluation, RewardEvaluation
 from tropism.evaluation.report import write_report
-from tropism.generation import TextPolicy
+from tropism.generation import TextPolicy, save_policy
 from tropism.models.reference import Reference
-from tropism.models.saving import save_plain
-from tropism.recipe_data import demonstrations_of, prompts_of
+from tropism.models.slot_checks import probe_slots
 from tropism.recipe_identity import WatchedFacts, identity_of, note
-from tropism.recipe_model import policy_of
+from tropism.recipe_model import conditioner_of, policy_of
 from tropism.recipe_processes import accelerator_for, prepared
 from tropism.recipe_resumption import Resumption, device_name, export_of
+from tropism.recipe_sources import RecipeSource
 from tropism.redaction import redact
 from tropism.rewards import RewardHarness
 from tropism.rollouts.engine import EmbeddedSampler
@@ -39,12 +36,11 @@ from tropism.training.optimizer import build_optimizer, default_learning_rate
 from tropism.training.preflight import preflight, sample_rows
 from tropism.training.processes import Processes
 from tropism.training.profiling import Profile
-from tropism.training.run import Evaluation, Run
+from tropism.training.rollout_maker import RolloutMaker
+from tropism.training.run import Run
 from tropism.training.run_folder import RunFolder
 from tropism.training.scoring import ModelScorer
-from tropism.training.sources import DemonstrationSource, RolloutSource
 from tropism.training.trainer import Trainer
-from tropism.types import Prompt
 
 logger = logging.getLogger("tropism")
 
@@ -126,14 +122,19 @@ class Assembly:
         self.loaded, self.policy = policy_of(recipe)
         require_finite_weights(self.policy)
         self.reference = self._build_reference()
+        if config.needs_exact_kl and self.reference is not None:
+            self.policy.reference_logits = self.reference.projection()
         self.identity = identity_of(self.policy, self.reference, recipe.reward)
-        self.facts = WatchedFacts(total_steps=recipe.total_steps, max_new_tokens=recipe.sampling.max_new_tokens)
+        self.conditioner = conditioner_of(recipe, self.loaded)
+        self.facts = WatchedFacts(
+            total_steps=recipe.total_steps,
+            max_new_tokens=recipe.sampling.max_new_tokens,
+            conditioner=self.conditioner,
+        )
         self.algorithm: Any = config.build(self.facts)
-        self.sampler = EmbeddedSampler(self.loaded.tokenizer, self.loaded.tokens.eos_ids)
         self.transcriber = Transcriber(self.loaded.tokenizer, recipe.sampling.stop)
         self.scorer = self._scorer(lambda: nullcontext(self.policy))
         self.reference_scorer = None if self.reference is None else self._scorer(self.reference.active)
-        self.prompts: Sequence[Prompt] = []
         self.run = Run(
             folder=self.folder,
             config=recipe.trainer,
@@ -145,8 +146,15 @@ class Assembly:
             identity=self._identity,
             command=resume_command(self.folder.path, allow_code=allow_code),
         )
-        source = self._on_policy_source() if config.on_policy else self._demonstration_source()
-        self.trainer = self._build_trainer(source)
+        self._connect()
+
+    def _connect(self) -> None:
+        """Data, trainer and run to each other, and to the checkpoint to go on from."""
+        data = self._recipe_source()
+        self.trainer = self._build_trainer(data.make())
+        self.prompts, self.maker = data.prompts, data.maker
+        self.run.evaluations.extend(data.evaluations)
+        self.identity["held_out"].extend(data.held_out)
         self.run.attach(self.trainer)
         if self.harness is not None:
             self.harness.on_progress = lambda done, total: self.run.display.scoring(done, total)
@@ -158,7 +166,9 @@ class Assembly:
     def _build_reference(self) -> Reference | None:
         """A reference where the method needs it, or where it costs nothing (adapters switched off)."""
         adapted = isinstance(self.loaded.model, PeftModel)
-        needed = self.recipe.algorithm.needs_reference or self.recipe.algorithm.on_policy
+        # Evaluation by a reward reports the KL that was paid, whatever the method needs itself.
+        evaluates = self.harness is not None and self.recipe.algorithm.reads != "demonstrations"
+        needed = self.recipe.algorithm.needs_reference or evaluates
         return Reference(self.policy) if needed or adapted else None
 
     def _scorer(self, active: Any) -> ModelScorer:
@@ -187,69 +197,36 @@ class Assembly:
 
     # Data ------------------------------------------------------------------------------------------------------------
 
-    def _on_policy_source(self) -> RolloutSource:
+    def _recipe_source(self) -> RecipeSource:
         recipe = self.recipe
-        assert self.harness is not None and isinstance(self.algorithm, OnPolicyAlgorithm)
-        self.prompts, held_out = self._prompts()
-        if held_out:
-            self._hold_out(held_out, self._reward_evaluation(held_out))
-        precise = self.processes.accelerator.mixed_precision == "no" and self.policy.dtype == torch.float32
-        recompute, cap = recipe.trainer.correction(exact=precise)
-        return RolloutSource(
-            algorithm=self.algorithm,
-            prompts=self.prompts,
-            prompts_per_step=recipe.prompts_per_step,
-            sampler=self.sampler,
-            sampling=recipe.sampling,
-            harness=self.harness,
-            transcribe=self.transcriber,
+        maker = None
+        if self.harness is not None:
+            maker = RolloutMaker(
+                sampler=EmbeddedSampler(self.loaded.tokenizer, self.loaded.tokens.eos_ids),
+                sampling=recipe.sampling,
+                harness=self.harness,
+                transcribe=self.transcriber,
+                policy=self.policy,
+                processes=self.processes,
+                seed=recipe.seed,
+            )
+        return RecipeSource(
+            recipe=recipe,
+            loaded=self.loaded,
             policy=self.policy,
+            algorithm=self.algorithm,
+            conditioner=self.conditioner,
+            maker=maker,
             scorer=self.scorer,
-            reference=self.reference_scorer if recipe.algorithm.needs_reference else None,
-            processes=self.processes,
-            seed=recipe.seed,
-            total_steps=recipe.total_steps,
-            recompute_logprobs=recompute,
-            importance_cap=cap,
+            reference=self.reference_scorer,
+            exact=self.exact,
             on_collect=self.run.on_collect,
         )
 
-    def _demonstration_source(self) -> DemonstrationSource:
-        recipe, config = self.recipe, self.recipe.algorithm
-        train, held_out = demonstrations_of(recipe, self.loaded.tokenizer, context_length=self.policy.context_length)
-        if held_out:
-            self._hold_out(held_out, LossEvaluation(held_out, scorer=self.scorer))
-        if self.harness is not None:
-            self.prompts, prompts = self._prompts()
-            if prompts:
-                self._hold_out(prompts, self._reward_evaluation(prompts))
-        return DemonstrationSource(
-            train,
-            batch_size=recipe.prompts_per_step,
-            seed=recipe.seed,
-            shuffle=config.shuffle,  # type: ignore[attr-defined]
-        )
-
-    def _prompts(self) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
-        return prompts_of(self.recipe, self.loaded.tokenizer, context_length=self.policy.context_length)
-
-    def _hold_out(self, items: Sequence[object], evaluation: Evaluation) -> None:
-        self.identity["held_out"].append(fingerprint(items))
-        self.run.evaluations.append(evaluation)
-
-    def _reward_evaluation(self, prompts: Sequence[Prompt]) -> Evaluation:
-        assert self.harness is not None
-        return RewardEvaluation(
-            prompts,
-            policy=self.policy,
-            sampler=self.sampler,
-            sampling=self.recipe.sampling,
-            harness=self.harness,
-            transcribe=self.transcriber,
-            reference=self.reference_scorer,
-            processes=self.processes,
-            seed=self.recipe.seed,
-        )
+    @property
+    def exact(self) -> bool:
+        """Whether everything computes in fp32."""
+        return self.processes.accelerator.mixed_precision == "no" and self.policy.dtype == torch.float32
 
     # Before and after ------------------------------------------------------------------------------------------------
 
@@ -261,7 +238,7 @@ class Assembly:
         """
         done = 0
         if self.checkpoint is not None:
-            done = self.checkpoint.state["counts"]["steps"] + bool(self.checkpoint.tensors["batch"])
+            done = self.checkpoint.state["counts"]["steps"] + self.checkpoint.collecting
         profile = Profile(self.folder.path / "profile", left=self.recipe.total_steps - done)
         if self.processes.is_main:
             self.run.profile = profile
@@ -272,7 +249,7 @@ class Assembly:
         recipe = self.recipe
         source: Any = self.trainer.source
         rows = rows_of(
-            self.prompts if recipe.algorithm.on_policy else source.stream.items,
+            self.prompts if recipe.algorithm.reads == "prompts" else source.stream.items,
             recipe.algorithm,
             recipe.sampling,
             prompts_per_step=recipe.prompts_per_step,
@@ -283,21 +260,21 @@ class Assembly:
     def check(self) -> None:
         """Memory, the dry call of the reward, and the pre-flight checks on a few real prompts."""
         self.memory.check(tell=self.processes.is_main)
-        if not self.prompts:
+        probe_slots(self.policy, self.conditioner)
+        if self.maker is None:
             return
         recipe, accelerator = self.recipe, self.processes.accelerator
         with self.policy.whole(), accelerator.autocast():
             chosen, rollouts = sample_rows(
-                self.policy, self.sampler, self.prompts, sampling=recipe.sampling, seed=recipe.seed
+                self.policy, self.maker.sampler, self.prompts, sampling=recipe.sampling, seed=recipe.seed
             )
-            if self.harness is not None:
-                self.harness.dry_call(self.transcriber(rollouts.to("cpu"), chosen, {"step": 0}))
+            self.maker.harness.dry_call(self.transcriber(rollouts.to("cpu"), chosen, {"step": 0}))
             if recipe.trainer.preflight:
                 report = preflight(
                     self.policy,
                     self.reference,
                     rollouts,
-                    exact=accelerator.mixed_precision == "no" and self.policy.dtype == torch.float32,
+                    exact=self.exact,
                     fresh=self.checkpoint is None,
                     eos_ids=self.loaded.tokens.eos_ids,
                 )
@@ -355,13 +332,13 @@ class Assembly:
 
     def _export(self) -> None:
         """The trained model as a plain Hugging Face folder, and the report."""
-        save_plain(self.loaded.model, self.loaded.tokenizer, self.folder.path / "model")
+        save_policy(self.policy, self.loaded.tokenizer, self.conditioner, self.folder.path / "model")
         write_report(self.folder.path)
         note(self.folder.path, exported=export_of(self.trainer.state_dict()))
 
     def result(self) -> Result:
         return Result(
-            policy=TextPolicy(self.policy, self.loaded, self.recipe.sampling),
+            policy=TextPolicy(self.policy, self.loaded, self.recipe.sampling, conditioner=self.conditioner),
             metrics=dict(self.run.recent),
             path=self.folder.path,
         )

@@ -66,11 +66,12 @@ class Recipe:
             raise ConfigError("total_steps must be at least 1")
         if self.prompts_per_step < 1:
             raise ConfigError("prompts_per_step must be at least 1")
-        per_step = self.prompts_per_step * getattr(self.algorithm, "group_size", 1)
+        size = self.algorithm.step_size(self.prompts_per_step, self.prompts_per_step)
+        per_step = max(size.completions, size.batch)
         if per_step > MOST_PER_STEP:
             raise ConfigError(
-                f"prompts_per_step, times algorithm.group_size, is {per_step:,}; at most {MOST_PER_STEP:,} completions "
-                "(or demonstrations) make a step"
+                f"prompts_per_step, times the completions of a prompt, is {per_step:,}; at most {MOST_PER_STEP:,} "
+                "completions (or demonstrations) make a step"
             )
         if self.train_layers is not None and self.train_layers < 1:
             raise ConfigError(
@@ -81,7 +82,7 @@ class Recipe:
                 "lora and train_layers cannot go together: lora trains an adapter, train_layers some of the model's "
                 "own weights. Leave one of them out"
             )
-        if self.algorithm.on_policy and self.reward is None:
+        if self.algorithm.reads == "prompts" and self.reward is None:
             raise ConfigError(
                 f"{self.algorithm.name} needs a reward: a registered name such as vader, a callable, or named terms"
             )

@@ -5,18 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from tropism.data.prompts import make_prompts
-from tropism.errors import ModelError
+from tropism.errors import ConfigError, ModelError
+from tropism.models.conditioning import RewardSlots, make_slots
+from tropism.models.conditioning_files import MARK, write_conditioning
 from tropism.models.loading import LoadedModel, ModelConfig, load_model
+from tropism.models.modules import base_model
 from tropism.models.policy import Policy
+from tropism.models.saving import save_plain
 from tropism.rollouts.config import Sampling
 from tropism.rollouts.engine import EmbeddedSampler
+from tropism.rollouts.guidance import RewardGuidance
 from tropism.rollouts.protocol import LogitFilter
 from tropism.rollouts.randomness import StreamKey
 from tropism.rollouts.transcribe import Transcriber
-from tropism.types import Messages
+from tropism.targets.conditioner import Conditioner, Targets
+from tropism.targets.config import Conditioning
+from tropism.types import Messages, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class TextPolicy:
@@ -24,13 +35,22 @@ class TextPolicy:
 
     Args:
         sampling: the settings that ``generate`` starts from.
+        conditioner: of a model that can be asked for a reward; None for any other.
     """
 
-    def __init__(self, policy: Policy, loaded: LoadedModel, sampling: Sampling | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        loaded: LoadedModel,
+        sampling: Sampling | None = None,
+        *,
+        conditioner: Conditioner | None = None,
+    ) -> None:
         self.policy = policy
         self.tokenizer = loaded.tokenizer
         self.sampler = EmbeddedSampler(loaded.tokenizer, loaded.tokens.eos_ids)
         self.sampling = sampling or Sampling()
+        self.conditioner = conditioner
 
     @classmethod
     def load(cls, source: Any, **model_fields: Any) -> TextPolicy:
@@ -42,7 +62,31 @@ class TextPolicy:
         if isinstance(source, (str, Path)):
             source = ModelConfig(name=model_path(source), **model_fields)
         loaded = load_model(source)
-        return cls(Policy(loaded.model), loaded)
+        policy, conditioner = policy_with_slots(loaded)
+        return cls(policy, loaded, conditioner=conditioner)
+
+    from_pretrained = load
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model, its tokenizer, and what it needs to be asked for rewards, for ``load``."""
+        save_policy(self.policy, self.tokenizer, self.conditioner, Path(folder))
+
+    def push_to_hub(self, repository: str, *, private: bool = False, token: str | None = None) -> str:
+        """The same into a model repository of the Hugging Face hub, which is made where there is none; its address.
+
+        Args:
+            repository: ``user/name``.
+            token: None takes the one that ``hf auth login`` left.
+        """
+        from huggingface_hub import HfApi
+
+        hub = HfApi(token=token)
+        with TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
+            self.save_pretrained(folder)
+            hub.create_repo(repository, private=private, exist_ok=True)
+            commit = hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Model from tropism")
+        return str(commit.repo_url)
 
     def generate(
         self,
@@ -50,6 +94,9 @@ class TextPolicy:
         *,
         n: int = 1,
         seed: int = 0,
+        target_reward: Targets | Sequence[Targets] = None,
+        guidance: float = 0.0,
+        guidance_from: Targets = None,
         filters: Sequence[LogitFilter] = (),
         **changes: Any,
     ) -> list[str]:
@@ -57,18 +104,112 @@ class TextPolicy:
 
         Args:
             seed: equal seeds give equal completions.
+            target_reward: of a model that can be asked: a number, ``{"name": number}``, or a list with one per prompt;
+                in the reward's own units. Rewards left out are left open.
+            guidance: strength of the push from ``guidance_from`` towards ``target_reward``; 0 is off.
+            guidance_from: a low target; None: what the model says when the reward is left open.
             filters: logit filters, see ``tropism.rollouts.protocol.LogitFilter``.
             changes: fields of ``Sampling``, such as ``max_new_tokens=20``.
+
+        Raises:
+            ConfigError: a target of a model that cannot be asked, or of the wrong name, type or number.
         """
         items = [prompts] if isinstance(prompts, str) else list(prompts)
         sampling = replace(self.sampling, **changes)
-        limit = self.policy.context_length
-        room = None if limit is None else limit - sampling.max_new_tokens
-        made = make_prompts(items, self.tokenizer, max_length=room)
+        self._check_asked(target_reward, guidance)
+        plain = make_prompts(items, self.tokenizer, max_length=self._room(sampling))
+        asked: Sequence[Prompt] = plain
+        streams, used = None, list(filters)
+        if self.conditioner is not None:
+            asked = self.conditioner.condition(plain, target_reward)
+        if guidance and self.conditioner is not None:
+            others = self.conditioner.condition(plain, {} if guidance_from is None else guidance_from)
+            streams = [[prompt.ids] for prompt in others]
+            used.insert(0, RewardGuidance(guidance))
         key = StreamKey(seed=seed, purpose="generate")
-        rollouts = self.sampler.generate(self.policy, made, sampling, n, key=key, filters=filters).to("cpu")
-        texts = Transcriber(self.tokenizer, sampling.stop)(rollouts, [p for p in made for _ in range(n)]).completions
+        rollouts = self.sampler.generate(self.policy, asked, sampling, n, key=key, filters=used, streams=streams)
+        per_row = [prompt for prompt in plain for _ in range(n)]
+        texts = Transcriber(self.tokenizer, sampling.stop)(rollouts.to("cpu"), per_row).completions
         return [text if isinstance(text, str) else str(text[0]["content"]) for text in texts]
+
+    def _check_asked(self, target_reward: Targets | Sequence[Targets], guidance: float) -> None:
+        if self.conditioner is None and (target_reward is not None or guidance):
+            raise ConfigError(
+                "this model was not trained to be asked for a reward; train one with algorithm: conditioned, or leave "
+                "target_reward and guidance out"
+            )
+        if guidance and target_reward is None and self.conditioner is not None and self.conditioner.default is None:
+            raise ConfigError("guidance pushes towards target_reward; give one, or leave guidance out")
+
+    def _room(self, sampling: Sampling) -> int | None:
+        """Most tokens of a prompt."""
+        limit = self.policy.context_length
+        if limit is None:
+            return None
+        taken = 0 if self.conditioner is None else self.conditioner.width
+        room = limit - sampling.max_new_tokens - taken
+        if room < 1:
+            before = f" and {taken} for what asks for the rewards" if taken else ""
+            raise ConfigError(
+                f"max_new_tokens={sampling.max_new_tokens}{before} leave no room for a prompt in the model's context "
+                f"of {limit}; sample fewer tokens"
+            )
+        return room
+
+
+def slots_for(config: Conditioning, loaded: LoadedModel) -> RewardSlots:
+    """Slots that fit a model, with no values yet. Their base token is the bos, or else the eos."""
+    tokens = loaded.tokens
+    base_id = tokens.bos_id if tokens.bos_id is not None else next(iter(tokens.eos_ids), 0)
+    return make_slots(
+        base_model(loaded.model),
+        mechanism=config.mechanism,
+        rewards=len(config.targets),
+        bins=config.bins,
+        base_id=base_id,
+    )
+
+
+def make_conditioner(config: Conditioning, loaded: LoadedModel) -> Conditioner:
+    """What puts targets before a model's prompts, with no scales yet."""
+
+    def encode(text: str) -> list[int]:
+        return list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    return Conditioner(config, encode=encode, bos_id=loaded.tokens.bos_id)
+
+
+def policy_with_slots(loaded: LoadedModel) -> tuple[Policy, Conditioner | None]:
+    """A loaded model as a policy, with its slots and scales where it can be asked for a reward.
+
+    Raises:
+        ModelError: what it was saved with does not fit it.
+    """
+    saved = loaded.conditioning
+    if saved is None:
+        return Policy(loaded.model), None
+    config = saved.config()
+    conditioner = make_conditioner(config, loaded)
+    slots = None if config.mechanism == "text" else slots_for(config, loaded)
+    saved.restore(conditioner, slots)
+    return Policy(loaded.model, conditioning=slots), conditioner
+
+
+def save_policy(
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, conditioner: Conditioner | None, folder: Path
+) -> None:
+    """A policy as a Hugging Face folder, and beside it what it needs to be asked for rewards."""
+    if conditioner is None:
+        save_plain(policy.model, tokenizer, folder)  # type: ignore[arg-type]
+        return
+    facts, slots = conditioner.to_dict(), policy.conditioning
+    save_plain(
+        policy.model,  # type: ignore[arg-type]
+        tokenizer,
+        folder,
+        settings={MARK: facts["mechanism"]},
+        beside=lambda path: write_conditioning(path, facts, slots),
+    )
 
 
 def model_path(source: str | Path) -> str:

@@ -81,7 +81,7 @@ class Standing:
         steps, identity = int(checkpoint.state["counts"]["steps"]), checkpoint.state.get("identity", {})
         return cls(
             steps=steps,
-            begun=steps + bool(checkpoint.tensors["batch"]),
+            begun=steps + checkpoint.collecting,
             total_steps_read=bool(identity.get("total_steps_read")),
             held_out=bool(identity.get("held_out")),
             same_device=same_device,

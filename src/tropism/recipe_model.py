@@ -11,11 +11,15 @@ from peft import PeftModel
 
 from tropism.config import Recipe
 from tropism.errors import ConfigError
+from tropism.generation import make_conditioner, slots_for
+from tropism.models.conditioning import RewardSlots
 from tropism.models.freezing import train_last_layers
 from tropism.models.heads import ValueHead
 from tropism.models.loading import LoadedModel, load_model
 from tropism.models.lora import add_lora, add_reference_adapter
+from tropism.models.modules import base_model
 from tropism.models.policy import Policy
+from tropism.targets.conditioner import Conditioner
 
 logger = logging.getLogger("tropism")
 
@@ -47,7 +51,39 @@ def policy_of(recipe: Recipe) -> tuple[LoadedModel, Policy]:
         # Not hidden_size: some families (OPT) project their hidden states before the vocabulary.
         width = loaded.model.get_output_embeddings().weight.shape[1]
         head = ValueHead(width).to(next(model.parameters()).device)
-    policy = Policy(model, value_head=head)  # first, as it refuses a family that cannot be used
+    slots = _slots_of(recipe, loaded)
+    policy = Policy(model, value_head=head, conditioning=slots)  # first, as it refuses a family that cannot be used
     if recipe.train_layers is not None:
         train_last_layers(model, recipe.train_layers)
     return replace(loaded, model=model), policy
+
+
+def conditioner_of(recipe: Recipe, loaded: LoadedModel) -> Conditioner | None:
+    """What stands before prompts; None for methods that ask for nothing. Of a conditioned model it goes on."""
+    config = recipe.algorithm.conditioning
+    if config is None:
+        if loaded.conditioning is not None:
+            raise ConfigError(
+                f"{loaded.source} is a model that is asked for rewards ({loaded.conditioning.mechanism}), and "
+                f"{recipe.algorithm.name} would train it without. Write it out at one target first: "
+                "tropism export RUN --target-reward R --out DIR"
+            )
+        return None
+    conditioner = make_conditioner(config, loaded)
+    if loaded.conditioning is not None:
+        loaded.conditioning.check(config)
+        loaded.conditioning.restore(conditioner, None)
+    return conditioner
+
+
+def _slots_of(recipe: Recipe, loaded: LoadedModel) -> RewardSlots | None:
+    config = recipe.algorithm.conditioning
+    if config is None or config.mechanism == "text":
+        return None
+    slots = slots_for(config, loaded)
+    if loaded.conditioning is not None:
+        loaded.conditioning.check(config)
+        loaded.conditioning.restore(make_conditioner(config, loaded), slots)
+    else:
+        slots.start(base_model(loaded.model).get_input_embeddings(), seed=recipe.seed, ones=config.direction == "ones")
+    return slots

@@ -109,12 +109,17 @@ def prepared(policy: Policy, reference: Reference | None, accelerator: Accelerat
     With it a reference that is a copy is sharded. Optimizers have to be made afterwards.
 
     Raises:
-        ConfigError: the weights of this model cannot be sharded.
+        ConfigError: the weights of this model cannot be sharded, or not with this method.
     """
     plugin = sharding()
     if plugin is None or accelerator.num_processes == 1:
         # Not wrapped for several processes: the trainer adds up gradients by itself, after the last backward pass.
         return accelerator.prepare_model(policy, device_placement=False, evaluation_mode=True)
+    if policy.reference_logits is not None and reference is not None and reference.kind == "copy":
+        raise ConfigError(
+            "the exact KL to the reference needs its output embedding whole, and a copy of the model is sharded with "
+            "it: train an adapter (lora), set kl_coef to 0, or launch without --use_fsdp"
+        )
     classes = plugin.transformer_cls_names_to_wrap
     shard(policy, classes=classes)
     if reference is not None and reference.kind == "copy":

@@ -72,7 +72,7 @@ class Resumption:
     def lines(self) -> list[str]:
         """What is resumed, and what is not as it was."""
         counts = self.checkpoint.state["counts"]
-        goes_on = f", in the middle of step {counts['steps'] + 1}" if self.checkpoint.tensors["batch"] else ""
+        goes_on = f", in the middle of step {counts['steps'] + 1}" if self.checkpoint.collecting else ""
         return [
             f"resuming {self.folder} after step {counts['steps']} of {self.recipe.total_steps} "
             f"({counts['updates']} updates{goes_on})",

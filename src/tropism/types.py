@@ -45,6 +45,18 @@ class Prompt:
     """Every other column of the record, for reward functions."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoredText:
+    """One text and the rewards it was given, for methods that learn which text earns what."""
+
+    prompt_ids: tuple[int, ...]
+    """Token ids that are read only, without any slot; empty for a plain text where the tokenizer has no BOS."""
+    completion_ids: tuple[int, ...]
+    """Token ids that follow, the final eos included; never empty."""
+    rewards: tuple[float, ...]
+    """One per target, in the order of ``Conditioning.targets``, in the reward's own units."""
+
+
 def length_mask(lengths: Tensor, width: int) -> Tensor:
     """Mask of real entries of right-padded rows: ``lengths`` [B] -> bool [B, width]."""
     return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
@@ -129,7 +141,7 @@ class Tokens:
             return self
         changes: dict[str, Any] = {"prompt_ids": self.prompt_ids[:, wide - prompt :]}
         for name, value in self.tensors().items():
-            if name not in ("prompt_ids", "prompt_lengths") and value.dim() == 2:
+            if name not in ("prompt_ids", "prompt_lengths") and value.dim() >= 2:
                 changes[name] = value[:, :completion]
         return replace(self, **changes)
 
@@ -157,7 +169,9 @@ def _stack(values: Sequence[Tensor], *, left: bool) -> Tensor:
     if values[0].dim() == 1:
         return torch.cat(list(values))
     width = max(value.shape[1] for value in values)
-    pads = [(width - value.shape[1], 0) if left else (0, width - value.shape[1]) for value in values]
+    beyond = (0, 0) * (values[0].dim() - 2)  # what follows the columns of [B, T, H] is as wide in all of them
+    missing = [width - value.shape[1] for value in values]
+    pads = [(*beyond, count, 0) if left else (*beyond, 0, count) for count in missing]
     return torch.cat([torch.nn.functional.pad(value, pad) for value, pad in zip(values, pads, strict=True)])
 
 

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from distributed.two_processes import forbid_writing
 from tiny_runs import PROMPTS, TEXTS, Setting, assemble, execute, sample, stop_after
-from tropism.algorithms import GRPO, PPO, SFT
+from tropism.algorithms import GRPO, PPO, SFT, Quark
 from tropism.build import Assembly
 from tropism.errors import ModelError, NumericsError
 from tropism.training.config import CheckpointConfig
@@ -50,6 +50,10 @@ CASES: dict[str, tuple[Setting, dict[str, Any]]] = {
     "critic": (
         Setting("ppo", False, "llama"),
         {"algorithm": PPO(group_size=3, num_epochs=2), "total_steps": 3, "prompts_per_step": 1},
+    ),
+    "quark": (
+        Setting("quark", True, "llama"),
+        {"algorithm": Quark(quantiles=3, group_size=2, updates=2, batch_size=3), "total_steps": 3},
     ),
 }
 """Three ragged prompts a step, so that one process has two rows of a minibatch and the other has one; with a critic

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from tiny_runs import PROMPTS, Setting, assemble, execute, weights_of
-from tropism.algorithms import GRPO, PPO, RLOO, SFT, AlgorithmConfig, KLControl
+from tropism.algorithms import GRPO, PPO, RLOO, SFT, AlgorithmConfig, KLControl, Online, Quark, RewardConditioned
 from tropism.build import Assembly
 from tropism.rewards import RewardConfig
 from tropism.training import boundary
@@ -60,9 +60,16 @@ CASES: dict[str, Case] = {
         trainer={"importance_cap": 2.0},
     ),
     "rloo-empty": Case(Setting("rloo", False, "llama"), RLOO(group_size=2, num_epochs=2, minibatch_size=3), empty=4),
+    "conditioned": Case(Setting("conditioned", True, "gpt2"), RewardConditioned(prompt_loss_weight=0.5)),
+    "conditioned-online": Case(
+        Setting("conditioned-online", False, "llama"),
+        RewardConditioned(online=Online(group_size=3, updates=2, batch_size=5), target_dropout=0.3),
+        empty=4,
+    ),
+    "quark": Case(Setting("quark", False, "llama"), Quark(quantiles=3, group_size=2, updates=2, batch_size=5)),
 }
-"""Every method; an adapter and a last layer; per-token rewards, importance weights, an adaptive KL coefficient, a
-running scale of the reward (all but one), empty completions, and fewer rows than processes."""
+"""Methods; an adapter and a last layer; a pool of completions; per-token rewards, importance weights, an adaptive KL
+coefficient, a running scale of the reward (all but one), empty completions, and fewer rows than processes."""
 
 
 def run_all(folder: Path) -> int:
@@ -91,10 +98,12 @@ def run_all(folder: Path) -> int:
 
 def empty_some(assembly: Assembly, every: int) -> None:
     """Let every so many completions have no token at all."""
-    generate = assembly.sampler.generate
+    assert assembly.maker is not None
+    sampler: Any = assembly.maker.sampler
+    generate = sampler.generate
 
     def emptied(*arguments: Any, first_index: int = 0, **named: Any) -> Rollouts:
-        rollouts = generate(*arguments, first_index=first_index, **named)
+        rollouts: Rollouts = generate(*arguments, first_index=first_index, **named)
         empty = (torch.arange(len(rollouts)) + first_index) % every == 0
         mask = rollouts.completion_mask & ~empty[:, None]
         return replace(
@@ -105,7 +114,7 @@ def empty_some(assembly: Assembly, every: int) -> None:
             behaviour_logprobs=rollouts.behaviour_logprobs * mask,
         )
 
-    assembly.sampler.generate = emptied  # type: ignore[method-assign]
+    sampler.generate = emptied
 
 
 def forbid_writing() -> None:

@@ -10,7 +10,7 @@ import torch
 from tiny_runs import ALL_SETTINGS, PARTIAL_SETTINGS, Setting, assemble, execute, logged, sample
 from tropism.models.reference import Reference
 
-ON_POLICY_SETTINGS = [s for s in ALL_SETTINGS if s.algorithm.on_policy]
+ON_POLICY_SETTINGS = [s for s in ALL_SETTINGS if s.on_policy]
 
 
 @pytest.mark.parametrize("setting", ALL_SETTINGS + PARTIAL_SETTINGS, ids=str)

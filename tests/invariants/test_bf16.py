@@ -25,7 +25,7 @@ MISMATCH = 0.05
 SAMPLE_SIZE = 0.99
 """Least effective share of the sampled tokens."""
 
-ON_POLICY_SETTINGS = [s for s in ALL_SETTINGS if s.algorithm.on_policy]
+ON_POLICY_SETTINGS = [s for s in ALL_SETTINGS if s.on_policy]
 every_setting = pytest.mark.parametrize("setting", ALL_SETTINGS, ids=str)
 every_sampling_setting = pytest.mark.parametrize("setting", ON_POLICY_SETTINGS, ids=str)
 

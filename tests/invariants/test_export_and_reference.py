@@ -80,7 +80,7 @@ def test_only_the_last_block_is_trained_and_saved(setting: Setting, tmp_path: Pa
     before = weights_of(assembly)
     after = weights_of(execute(assembly))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    top = ("model.transformer.h.1.", "model.transformer.ln_f.", "value_head.")
+    top = ("model.transformer.h.1.", "model.transformer.ln_f.", "value_head.", "conditioning.")
     assert {name for name, p in assembly.policy.named_parameters() if p.requires_grad} == {
         name for name in before if name.startswith(top)
     }

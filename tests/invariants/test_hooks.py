@@ -42,7 +42,7 @@ def test_call_counts(setting: Setting, tmp_path: Path) -> None:
     assert calls["after_collect"] == counts.collects == counts.steps
     if setting.algorithm.on_policy:
         assert (counts.steps, counts.updates, counts.samples) == (2, 8, 16)
-        assert calls["make_batch"] == 2
+        assert calls["make_batch"] == (2 if setting.on_policy else counts.updates)
     else:
         assert (counts.steps, counts.updates, counts.samples) == (4, 4, 16)
 

@@ -75,7 +75,7 @@ def assert_independent_of_split(assembly: Assembly) -> None:
 
 @pytest.mark.parametrize("setting", ALL_SETTINGS + PARTIAL_SETTINGS, ids=str)
 def test_every_method(setting: Setting, tmp_path: Path) -> None:
-    changes = {"minibatch_size": None} if setting.algorithm.on_policy else {}
+    changes = {"minibatch_size": None} if setting.on_policy else {}
     assert_independent_of_split(assemble(setting, tmp_path / "run", algorithm=setting.with_algorithm(**changes)))
 
 
@@ -93,7 +93,7 @@ BF16_SPLIT = 0.03
 
 @pytest.mark.parametrize("setting", ALL_SETTINGS, ids=str)
 def test_every_method_in_bf16_up_to_its_rounding(setting: Setting, tmp_path: Path) -> None:
-    changes = {"minibatch_size": None} if setting.algorithm.on_policy else {}
+    changes = {"minibatch_size": None} if setting.on_policy else {}
     algorithm = setting.with_algorithm(**changes)
     assembly = assemble(setting, tmp_path / "run", algorithm=algorithm, trainer={"precision": "bf16"})
     (whole, gradients), *others = updates_by_size(assembly)

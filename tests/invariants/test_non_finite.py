@@ -127,7 +127,7 @@ def test_a_checkpoint_never_holds_them(method: str, part: str, tmp_path: Path) -
     assembly.run.export = lambda: pytest.fail("exported")
     step, steps = assembly.trainer.optimizer.step, 0
     name, parameter = next((n, p) for n, p in assembly.policy.named_parameters() if p.requires_grad)
-    per_step = 1 if method == "sft" else 4
+    per_step = 4 if METHODS[method].on_policy else 1
 
     def broken(*arguments: Any, **named: Any) -> Any:
         nonlocal steps

@@ -28,7 +28,7 @@ from tropism.rewards import RewardConfig
 from tropism.training.state import optimizer_state
 from tropism.types import Batch, RewardBatch, Rollouts
 
-ON_POLICY_SETTINGS = [s for s in SETTINGS if s.algorithm.on_policy]
+ON_POLICY_SETTINGS = [s for s in SETTINGS if s.on_policy]
 
 
 def state_of(assembly: Assembly) -> dict[str, torch.Tensor]:
@@ -80,7 +80,7 @@ def test_loss_that_is_not_finite_is_refused_before_the_weights_change(
         return sums, ratios
 
     assembly.algorithm.loss = broken
-    with pytest.raises(NumericsError, match=r"^loss/(nll|policy|kl|value) is (nan|-?inf) at update 2 "):
+    with pytest.raises(NumericsError, match=r"^loss/(nll|policy|kl|value|entropy) is (nan|-?inf) at update 2 "):
         assembly.trainer.update(batch)
     assert_same(before, state_of(assembly))
     assert all(parameter.grad is None for parameter in assembly.policy.parameters())

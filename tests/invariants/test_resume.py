@@ -43,8 +43,8 @@ from tropism.training.state import optimizer_state
 
 LLAMA = {name: Setting(name, False, "llama") for name in ("sft", *ON_POLICY)}
 
-UPDATES = {"sft": 4, "ppo": 8, "grpo": 8, "rloo": 8}
-"""SFT: one per step; the others: two steps of two epochs of two minibatches."""
+UPDATES = {"sft": 4, "ppo": 8, "grpo": 8, "rloo": 8, "conditioned": 4, "conditioned-online": 8, "quark": 8}
+"""One per step where nothing is sampled; else two steps of two epochs of two minibatches, or of four batches."""
 
 
 def assert_same_run(one: Assembly, other: Assembly) -> None:
@@ -254,7 +254,7 @@ def go_back(run: Path, saved: int) -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_from_any_saved_step(setting: Setting, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"trainer": OFTEN, "eval_data": TEXTS[:2], "total_steps": 3}
+    changes: dict[str, Any] = {"trainer": OFTEN, "eval_data": setting.texts[:2], "total_steps": 3}
     whole = execute(assemble(setting, tmp_path / "whole", **changes), export=True)
     for saved in range(1, 4):
         run = tmp_path / f"back-{saved}"
@@ -267,7 +267,7 @@ def test_from_any_saved_step(setting: Setting, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[3], SETTINGS[4]], ids=str)
 def test_with_more_and_with_fewer_steps(setting: Setting, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"trainer": OFTEN, "eval_data": TEXTS[:2]}
+    changes: dict[str, Any] = {"trainer": OFTEN, "eval_data": setting.texts[:2]}
     short = execute(assemble(setting, tmp_path / "short", total_steps=2, **changes))
     whole = execute(assemble(setting, tmp_path / "whole", total_steps=4, **changes))
     shutil.copytree(tmp_path / "short", tmp_path / "longer")
@@ -316,7 +316,7 @@ def test_the_exported_model_of_an_interrupted_run(setting: Setting, tmp_path: Pa
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_global_random_states_stay_as_they_are(setting: Setting, tmp_path: Path) -> None:
-    recipe = make_recipe(setting, tmp_path / "run", eval_data=TEXTS[:2])  # with a model, for which torch draws
+    recipe = make_recipe(setting, tmp_path / "run", eval_data=setting.texts[:2])  # with a model, for which torch draws
     before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
     execute(Assembly(recipe), export=True)
     assert torch.equal(torch.get_rng_state(), before[0])

@@ -310,9 +310,9 @@ def force(assembly: Assembly, token_of: Callable[[list[int], int], int | None]) 
                 logits[row, token] = keep
         return logits
 
-    generate = assembly.sampler.generate
+    generate = assembly.maker.sampler.generate
     forced: Any = lambda *args, **options: generate(*args, **{**options, "filters": [change]})  # noqa: E731
-    assembly.sampler.generate = forced  # type: ignore[method-assign]
+    assembly.maker.sampler.generate = forced  # type: ignore[method-assign]
 
 
 def warnings_of(folder: Path) -> list[dict[str, Any]]:

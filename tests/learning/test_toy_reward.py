@@ -6,15 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from tiny_runs import PROMPTS, SETTINGS, TEXTS, Setting, early_letters, logged, make_recipe
+from tiny_runs import PROMPTS, SETTINGS, Setting, early_letters, logged, make_recipe
 from tropism.build import run_recipe
 from tropism.rewards import RewardConfig
 from tropism.training.config import EvaluationConfig
 
 pytestmark = pytest.mark.learning
 
+HELD_OUT = ["a cat ran.", "the mat is no dog.", "is it a dog?"]
+HELD_OUT_SCORED = [
+    {"prompt": "a cat", "completion": " ran.", "reward": 0.3},
+    {"prompt": "the mat", "completion": " is no dog.", "reward": 0.8},
+    {"prompt": "is it", "completion": " a dog?", "reward": 1.1},
+]
 
-@pytest.mark.parametrize("setting", [s for s in SETTINGS if s.algorithm.on_policy], ids=str)
+
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if s.on_policy], ids=str)
 def test_reward_rises(setting: Setting, tmp_path: Path) -> None:
     changes = {"num_epochs": 2, "minibatch_size": None, "group_size": 8, "kl_coef": 0.01}
     recipe = make_recipe(
@@ -34,15 +41,14 @@ def test_reward_rises(setting: Setting, tmp_path: Path) -> None:
     assert result.policy.generate("a cat", max_new_tokens=3)
 
 
-@pytest.mark.parametrize("setting", [s for s in SETTINGS if not s.algorithm.on_policy], ids=str)
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if s.algorithm.reads != "prompts"], ids=str)
 def test_held_out_loss_falls(setting: Setting, tmp_path: Path) -> None:
     recipe = make_recipe(
         setting,
         tmp_path / "run",
-        eval_data=["a cat ran.", "the mat is no dog.", "is it a dog?"],
-        data=TEXTS,
-        total_steps=30,
-        trainer={"learning_rate": 1e-2, "evaluation": EvaluationConfig(every=10)},
+        eval_data=HELD_OUT_SCORED if setting.algorithm.reads == "scored" else HELD_OUT,
+        total_steps=15,
+        trainer={"learning_rate": 1e-2, "evaluation": EvaluationConfig(every=5)},
     )
     result = run_recipe(recipe)
     losses = [row["eval/loss"] for row in logged(result.path, "evaluation")]

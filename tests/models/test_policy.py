@@ -207,15 +207,16 @@ def test_only_tokens_in_the_mask_reach_the_vocabulary_and_the_result(monkeypatch
 def test_rows_without_any_completion_give_zeros_and_no_gradient() -> None:
     policy = Policy(FAMILIES["gpt2"](), value_head=ValueHead(32))
     rows = [((5, 6), ()), ((7,), ())]
-    everything = {"logprobs", "entropy", "values", "bootstrap_values"}
+    policy.reference_logits = policy.logits
+    everything: Any = {"logprobs", "entropy", "values", "bootstrap_values", "reference_kl"}
     for padding in PADDINGS:
-        output = ask(policy, padding, rows, want=everything)
+        output = ask(policy, padding, rows, want=everything, reference_hidden=torch.zeros(2, 0, 32))
         assert output.need("logprobs").shape == output.need("values").shape == (2, 0)
         assert output.need("bootstrap_values").shape == (2,)
     wide = tokens(rows)
     wide = Tokens(**{**wide.inputs, "completion_ids": torch.full((2, 3), 9)})
-    output = policy(**wide.inputs, want=everything)
-    for name in ("logprobs", "entropy", "values"):
+    output = policy(**wide.inputs, want=everything, reference_hidden=torch.zeros(2, 3, 32))
+    for name in ("logprobs", "entropy", "values", "reference_kl"):
         assert torch.equal(output.need(name), torch.zeros(2, 3))
     assert all(not gradient.any() for gradient in gradients(policy, output.need("logprobs").sum()).values())
 

@@ -13,7 +13,8 @@ from tropism.models.policy import Policy
 from tropism.models.rows import RowsForward, lay_out
 from tropism.types import first_with_same_prompt, pad_rows
 
-PACKED = [name for name in FAMILIES if name not in ("gemma2", "bloom")]
+PADDED = ("gemma2", "bloom", "falcon", "falcon_alibi")
+PACKED = [name for name in FAMILIES if name not in PADDED]
 """Gemma 2 caps its attention scores and BLOOM takes no positions: they stay padded."""
 WANT = frozenset({"logprobs", "entropy", "values", "bootstrap_values"})
 
@@ -85,7 +86,7 @@ def test_outputs_and_gradients_are_those_of_padded_rows(family: str, lora: bool)
         torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-5 * largest)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "bloom"])
+@pytest.mark.parametrize("family", PADDED)
 def test_families_that_need_padding_keep_it(family: str) -> None:
     policy = Policy(tiny_model(family))
     assert not policy.without_padding

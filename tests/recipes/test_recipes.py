@@ -23,6 +23,12 @@ RECIPES = {path.name: path for path in sorted((ROOT / "recipes").glob("*.yaml"))
 FILMS = ROOT / "src" / "tropism" / "demo_data"
 
 LOCAL: dict[str, tuple[str, ...]] = {
+    "conditioned-imdb.yaml": ("--data.path", "{scored}/imdb.jsonl", "--data.eval_fraction", "0.3", "--reward", "vader"),
+    "conditioned-scitldr.yaml": ("--data.path", "{scored}/papers.jsonl", "--eval_data.path", "{scored}/papers.jsonl"),
+    "conditioned-warm-films.yaml": (
+        *("--data", f"{FILMS}/train.txt", "--eval_data", f"{FILMS}/held_out.txt"),
+        *("--algorithm.samples_per_prompt", "2"),
+    ),
     "grpo-warm-films.yaml": ("--data", f"{FILMS}/train.txt", "--eval_data", f"{FILMS}/held_out.txt"),
     "grpo-gsm8k.yaml": (
         *("--data.path", "{shared}/data/gsm8k/test.jsonl.gz", "--data.limit", "6", "--data.eval_fraction", "0.4"),
@@ -31,6 +37,10 @@ LOCAL: dict[str, tuple[str, ...]] = {
     "ppo-imdb.yaml": (
         *("--data.path", "{shared}/data/imdb/small_train.jsonl.gz", "--data.limit", "8", "--data.eval_fraction", "0.3"),
         *("--reward", "vader"),
+    ),
+    "quark-warm-films.yaml": (
+        *("--data", f"{FILMS}/train.txt", "--eval_data", f"{FILMS}/held_out.txt"),
+        *("--algorithm.quantiles", "2", "--algorithm.updates", "1"),
     ),
     "rloo-brief-and-kind.yaml": (
         "--data.path",
@@ -65,15 +75,32 @@ def test_a_recipe_is_resolved_and_read_back(name: str) -> None:
     assert copy is None or copy.is_file()
 
 
+@pytest.fixture(scope="module")
+def scored(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with small scored files, made as the comments of the recipes say."""
+    folder = tmp_path_factory.mktemp("scored")
+    reviews = str(shared / "data/imdb/small_train.jsonl.gz")
+    assert main(["score", reviews, "--limit", "8", "--reward", "vader", "--out", str(folder / "imdb.jsonl")]) == 0
+    papers = [
+        {"prompt": f"{text} It is new.\n\nTL;DR:", "completion": f" {summary}", "references": ["A short summary."]}
+        for text in ("We train.", "We test.", "We prove.")
+        for summary in ("A short summary.", "Short.", "It is new.")
+    ]
+    (folder / "papers-plain.jsonl").write_text("".join(json.dumps(paper) + "\n" for paper in papers))
+    reward, out = str(ROOT / "recipes/conditioned-scitldr.yaml"), str(folder / "papers.jsonl")
+    assert main(["score", str(folder / "papers-plain.jsonl"), "--reward-file", reward, "--out", out]) == 0
+    return folder
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_runs(name: str, stories: Path, shared: Path, tmp_path: Path) -> None:
+def test_a_recipe_runs(name: str, stories: Path, shared: Path, scored: Path, tmp_path: Path) -> None:
     recipe = Recipe.from_file(RECIPES[name])
     on_policy = recipe.algorithm.on_policy
     run = tmp_path / "run"
     arguments = [
         *("--model", str(stories), "--run", str(run), "--total_steps", "2", "--prompts_per_step", "2"),
         *("--sampling.max_new_tokens", "8", "--trainer.evaluation.every", "1", "--trainer.progress", "false"),
-        *(word.format(shared=shared) for word in LOCAL[name]),
+        *(word.format(shared=shared, scored=scored) for word in LOCAL[name]),
         *(("--algorithm.group_size", "2") if on_policy else ()),
     ]
     assert main(["train", str(RECIPES[name]), *arguments]) == 0

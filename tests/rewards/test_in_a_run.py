@@ -146,7 +146,7 @@ def test_messages_count_rows_over_all_processes(tmp_path: Path, monkeypatch: pyt
 
     held_out = ["a cat sat.", "we ran.", "oh", "no"]
     assembly = assemble(GRPO, tmp_path / "run", reward=RewardConfig.of(early), eval_data=held_out)
-    sampled = assembly.trainer.source._sample(assembly.prompts[:4])  # type: ignore[attr-defined]
+    sampled = assembly.trainer.source.maker.sample(assembly.prompts[:4], 2)  # type: ignore[attr-defined]
 
     def second_half(items: Sequence[Any]) -> tuple[int, Sequence[Any]]:
         return len(items) // 2, items[len(items) // 2 :]
@@ -154,7 +154,7 @@ def test_messages_count_rows_over_all_processes(tmp_path: Path, monkeypatch: pyt
     prompts = [prompt for prompt in assembly.prompts[:4] for _ in range(2)]
     monkeypatch.setattr(assembly.processes, "share", second_half)
     with pytest.raises(RewardError, match=r"row 5 "):
-        assembly.trainer.source._score(sampled, prompts, {"step": 0})  # type: ignore[attr-defined]
+        assembly.trainer.source.maker.score(sampled, prompts, {"step": 0})  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("step", ["policy_of", "preflight", "the second term", "the cache"])

@@ -88,3 +88,13 @@ def test_shares_of_two_processes_make_the_whole(policy: Policy) -> None:
 def test_no_rows(policy: Policy) -> None:
     empty = replace(TOKENS, **{name: value[:0] for name, value in TOKENS.tensors().items()})
     assert scorer(policy).logprobs(empty, temperature=1.0).shape == (0, 4)
+
+
+@pytest.mark.parametrize("rows", [None, 1, 3])
+def test_hidden_states_predict_each_token(policy: Policy, rows: int | None) -> None:
+    hidden = scorer(policy, rows=rows).hidden_states(TOKENS)
+    assert hidden.shape == (4, 4, 32) and not hidden.requires_grad
+    logprobs = policy.logits(hidden).log_softmax(-1).gather(-1, TOKENS.completion_ids[:, :, None]).squeeze(-1)
+    found = logprobs * TOKENS.completion_mask
+    torch.testing.assert_close(found, slow_logprobs(policy, 1.0), rtol=0, atol=1e-5)
+    assert not bool(hidden[~TOKENS.completion_mask].any())

@@ -88,7 +88,7 @@ def test_an_interrupted_or_failed_collect_has_not_begun(tmp_path: Path) -> None:
     def broken(completions: list[str]) -> list[float]:
         raise OSError("no answer")
 
-    term = source.harness.terms["early"]
+    term = source.maker.harness.terms["early"]
     works, term.function = term.function, broken
     with pytest.raises(RewardError, match="no answer"):
         next(iter(source.collect(None)))
@@ -141,7 +141,7 @@ def test_importance_weights_are_about_what_was_sampled(tmp_path: Path) -> None:
     sampling = Sampling(max_new_tokens=6, top_k=5)
     _, source, collected = started(tmp_path, trainer={"importance_cap": 4.0}, sampling=sampling)
     sampled: list[Rollouts] = []
-    generate = source.sampler.generate
+    generate = source.maker.sampler.generate
 
     def noisy(*arguments: Any, **options: Any) -> Rollouts:
         rollouts = generate(*arguments, **options)
@@ -149,7 +149,7 @@ def test_importance_weights_are_about_what_was_sampled(tmp_path: Path) -> None:
         sampled.append(replace(rollouts, logprobs=rollouts.logprobs + noise * rollouts.completion_mask))
         return sampled[0]
 
-    source.sampler.generate = noisy
+    source.maker.sampler.generate = noisy
     list(source.collect(None))
     batch, mask = collected[0].batch, sampled[0].completion_mask
     assert float((sampled[0].behaviour_logprobs - sampled[0].logprobs)[mask].mean()) > 0.1, "top-k has an effect"

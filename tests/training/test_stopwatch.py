@@ -97,7 +97,7 @@ def test_the_stages_of_a_step_add_up_to_it(method: str, tmp_path: Path) -> None:
             collect = mine[0]
             sampled = collect["throughput/rollout_tokens_per_second"] * collect["time/rollout"]
             assert sampled == pytest.approx(closing["tokens"] - before)
-            assert collect["time/reward"] > 0.1 and collect["time/logprobs"] > 0
+            assert collect["time/reward"] > 0.1 and ("time/logprobs" not in collect or collect["time/logprobs"] > 0)
 
 
 def test_a_step_that_another_process_began_has_no_seconds(tmp_path: Path) -> None:

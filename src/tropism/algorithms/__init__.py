@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from tropism.algorithms.base import AlgorithmConfig
+from tropism.algorithms.conditioned import Online, RewardConditioned
 from tropism.algorithms.grpo import GRPO
 from tropism.algorithms.kl_control import KLControl
 from tropism.algorithms.ppo import PPO, Critic, MissingEos
+from tropism.algorithms.quark import Quark
 from tropism.algorithms.rloo import RLOO
 from tropism.algorithms.sft import SFT
 
@@ -14,6 +16,21 @@ ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "ppo": PPO,
     "grpo": GRPO,
     "rloo": RLOO,
+    "conditioned": RewardConditioned,
+    "quark": Quark,
 }
 
-__all__ = ["ALGORITHMS", "GRPO", "PPO", "RLOO", "SFT", "AlgorithmConfig", "Critic", "KLControl", "MissingEos"]
+__all__ = [
+    "ALGORITHMS",
+    "GRPO",
+    "PPO",
+    "RLOO",
+    "SFT",
+    "AlgorithmConfig",
+    "Critic",
+    "KLControl",
+    "MissingEos",
+    "Online",
+    "Quark",
+    "RewardConditioned",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from tropism.errors import ConfigError
 from tropism.ops import kl_k1, kl_k3, masked_sum
-from tropism.types import Batch, Metrics, PolicyBatch, RewardBatch, Rollouts, Sums, Tokens
+from tropism.targets.conditioner import Conditioner
+from tropism.targets.config import Conditioning
+from tropism.types import Batch, Metrics, PolicyBatch, RewardBatch, Rollouts, ScoredText, Sums, Tokens
 
 Ratios = dict[str, tuple[Tensor, Tensor]]
 """Numbers for the log as (sum, count), so that the trainer can add them up over micro-batches and processes."""
@@ -32,6 +34,8 @@ class RunFacts:
 
     total_steps: int
     max_new_tokens: int
+    conditioner: Conditioner | None = None
+    """What stands before prompts that ask for a reward; None where the method's ``conditioning`` is None."""
 
 
 class Scorer(Protocol):
@@ -43,6 +47,10 @@ class Scorer(Protocol):
 
     def values(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """[B, T] values before each completion token, and [B] after the last one."""
+        ...
+
+    def hidden_states(self, tokens: Tokens) -> Tensor:
+        """[B, T, H] what the vocabulary projection reads to predict each completion token."""
         ...
 
 
@@ -59,13 +67,40 @@ class CollectStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepSize:
+    """What one step of a method that samples takes."""
+
+    prompts: int
+    """Sampled at once."""
+    completions: int
+    """Of all of them."""
+    batch: int
+    """Texts of an optimizer step."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig(ABC):
     """All there is to set about a method. One configuration serves many runs: ``build`` makes each its state."""
 
     name: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     needs_value_head: ClassVar[bool] = False
-    on_policy: ClassVar[bool] = True
+    learns_from: ClassVar[str] = "its own completions, rewarded"
+
+    @property
+    def reads(self) -> Literal["prompts", "demonstrations", "scored"]:
+        """What its data is: prompts to sample completions of, texts to imitate, or texts with their rewards."""
+        return "prompts"
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether it samples in every step; a step is then a collect, and otherwise one update."""
+        return self.reads == "prompts"
+
+    @property
+    def conditioning(self) -> Conditioning | None:
+        """How the model is told which reward to reach; None where it is not told."""
+        return None
 
     @property
     def needs_reference(self) -> bool:
@@ -73,9 +108,22 @@ class AlgorithmConfig(ABC):
         return False
 
     @property
+    def needs_exact_kl(self) -> bool:
+        """Whether its loss has the KL to the reference over the whole vocabulary (``Policy.reference_logits``)."""
+        return False
+
+    @property
     def head_rate(self) -> float:
         """Learning rate of the method's heads, as a multiple of the language model's."""
         return 1.0
+
+    def step_size(self, prompts_per_step: int, prompts: int) -> StepSize:
+        """What a step takes.
+
+        Args:
+            prompts_per_step: the recipe's. prompts: all there are.
+        """
+        return StepSize(prompts=0, completions=0, batch=prompts_per_step)
 
     @abstractmethod
     def build(self, facts: RunFacts) -> Algorithm[Any]:
@@ -162,6 +210,11 @@ class OnPolicyConfig(AlgorithmConfig):
     def needs_reference(self) -> bool:
         return self.kl_coef > 0
 
+    def step_size(self, prompts_per_step: int, prompts: int) -> StepSize:
+        completions = prompts_per_step * self.group_size
+        batch = self.minibatch_size or completions
+        return StepSize(prompts=prompts_per_step, completions=completions, batch=batch)
+
     @property
     def action(self) -> Literal["token", "sequence"]:
         """What one probability ratio of the loss is about; importance weights are about the same."""
@@ -169,6 +222,36 @@ class OnPolicyConfig(AlgorithmConfig):
 
 
 P = TypeVar("P", bound=OnPolicyConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolPlan:
+    """How a pool of completions grows, and what is taken from it in a step."""
+
+    per_prompt: int
+    """Completions of a prompt."""
+    once: bool
+    """Sample for all prompts before the first step, and never again; otherwise for some in every step."""
+    updates: int
+    """Batches of a step; 1 where the pool no longer grows."""
+    batch_size: int
+    """Texts of a batch."""
+
+
+class PoolConfig(AlgorithmConfig):
+    """What every method has that learns from scored texts."""
+
+    @abstractmethod
+    def plan(self, prompts_per_step: int) -> PoolPlan:
+        """How it samples its own texts, where it does."""
+
+    def step_size(self, prompts_per_step: int, prompts: int) -> StepSize:
+        plan = self.plan(prompts_per_step)
+        sampled = prompts if plan.once else prompts_per_step
+        return StepSize(prompts=sampled, completions=sampled * plan.per_prompt, batch=plan.batch_size)
+
+
+Q = TypeVar("Q", bound=PoolConfig)
 
 
 class OnPolicyAlgorithm(Algorithm[P], Generic[P]):
@@ -196,6 +279,44 @@ class OnPolicyAlgorithm(Algorithm[P], Generic[P]):
         if limit is not None and metrics.get("policy/approx_kl", 0.0) > limit:
             return Signal.END_COLLECT
         return Signal.CONTINUE
+
+
+class PoolAlgorithm(Algorithm[Q], Generic[Q]):
+    """A method that learns from scored texts: those of a data set, or a pool of its own completions."""
+
+    @property
+    def conditioner(self) -> Conditioner:
+        """What stands before prompts; the source and the evaluation use it, too."""
+        assert self.facts.conditioner is not None
+        return self.facts.conditioner
+
+    @abstractmethod
+    def take_scores(self, scores: Sequence[tuple[float, ...]]) -> Metrics:
+        """Whenever texts have come in, before the batches of a collect; returns what it wants logged.
+
+        Args:
+            scores: [N][K] of all texts, oldest first; their number only grows.
+        """
+
+    @abstractmethod
+    def ask(self, uniforms: Tensor) -> list[tuple[int, ...]]:
+        """What stands before each of P prompts that are sampled for the pool.
+
+        Args:
+            uniforms: [P] in [0, 1), to draw targets by.
+        """
+
+    @abstractmethod
+    def make_batch(
+        self, texts: Sequence[ScoredText], places: Sequence[int], uniforms: Tensor, reference: Scorer | None
+    ) -> Batch:
+        """The batch of one optimizer step.
+
+        Args:
+            texts: B of them. places: where each stands among the scores that ``take_scores`` got.
+            uniforms: [B, K] in [0, 1), to leave targets out by.
+            reference: None where ``needs_reference`` is false.
+        """
 
 
 def reference_logprobs(reference: Scorer | None, rollouts: Rollouts) -> Tensor:

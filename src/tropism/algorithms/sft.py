@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from tropism.algorithms.base import Algorithm, AlgorithmConfig, Ratios, RunFacts, count_tokens
 from tropism.ops import masked_sum
@@ -16,7 +16,7 @@ class SFT(AlgorithmConfig):
     """Supervised fine-tuning on demonstrations: prompt with completion, chat messages, or plain text."""
 
     name: ClassVar[str] = "sft"
-    on_policy: ClassVar[bool] = False
+    learns_from: ClassVar[str] = "demonstrations"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"trl": {}, "trlx": {"completion_only": False}}
 
     completion_only: bool = True
@@ -29,6 +29,10 @@ class SFT(AlgorithmConfig):
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 2:
             raise ValueError("max_length must be at least 2, or None for the model's context")
+
+    @property
+    def reads(self) -> Literal["demonstrations"]:
+        return "demonstrations"
 
     def build(self, facts: RunFacts) -> SFTAlgorithm:
         return SFTAlgorithm(self, facts)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,12 @@ from tropism.storage import writing
 
 if TYPE_CHECKING:
     from tropism.config import Recipe
+    from tropism.evaluation.heldout import RewardEvaluation
     from tropism.evaluation.run_folder import Evaluation
     from tropism.models.loading import LoadedModel
+    from tropism.models.policy import Policy
     from tropism.rewards import RewardHarness
+    from tropism.rollouts.protocol import Sampler
     from tropism.types import Prompt
 
 Table = dict[str, list[Any]]
@@ -49,7 +53,17 @@ class Options:
     n: int | None = None
     """Use at most so many prompts; None: all."""
     out: Path | None = None
-    """Write every prompt, completion and reward to this .parquet or .json file."""
+    """Write every prompt, completion and reward to this .parquet or .json file; with --steerability, everything into
+    this folder (None: the run's folder steerability)."""
+    steerability: bool = False
+    """Of a run that was told rewards: ask for many, and measure how closely it gives what it is asked for."""
+    targets: tuple[float, ...] = ()
+    """With --steerability: what to ask for, in the reward's own units; none: 11 targets from the 5th to the 95th
+    percentile of the training rewards, and one beyond the training range on either side."""
+    target_name: str | None = None
+    """With --steerability: which reward to ask for, where the model knows several; the others are left open."""
+    samples_per_prompt: int = 1
+    """With --steerability: completions of every prompt at every target."""
     allow_code: bool = False
     """Let the reward name code: module:function or file.py:function."""
 
@@ -66,6 +80,12 @@ def run(arguments: Sequence[str]) -> None:
     )
     if options.n is not None and options.n < 1:
         raise ConfigError(f"--n must be at least 1, got {options.n}")
+    if options.steerability:
+        from tropism.commands.steerability import measure
+
+        measure(options, _recipe(options, overrides))
+        return
+    _refuse_options_of_steerability(options)
     if options.out is not None and options.out.suffix not in (".parquet", ".json"):
         raise ConfigError(f"--out {options.out}: name a .parquet or .json file")
     recipe = _recipe(options, overrides)
@@ -83,6 +103,17 @@ def run(arguments: Sequence[str]) -> None:
     if options.out is not None:
         _write(options.out, tables)
         console().print(f"written: {options.out}", soft_wrap=True)
+
+
+def _refuse_options_of_steerability(options: Options) -> None:
+    given = {
+        "--targets": options.targets != (),
+        "--target-name": options.target_name is not None,
+        "--samples-per-prompt": options.samples_per_prompt != 1,
+    }
+    for name, was_given in given.items():
+        if was_given:
+            raise ConfigError(f"{name} belongs to --steerability; add that, or leave {name} out")
 
 
 def _recipe(options: Options, overrides: Sequence[str]) -> Recipe:
@@ -120,10 +151,8 @@ def _with_path(data: Any, path: str) -> Any:
 
 def _tables(recipe: Recipe, options: Options) -> dict[str, Table]:
     """One table per model: the base model first, where there is one that can be loaded."""
-    from tropism.generation import model_path
+    from tropism.generation import model_path, policy_with_slots
     from tropism.models.loading import ModelConfig, load_model
-    from tropism.models.policy import Policy
-    from tropism.recipe_data import prompts_of
     from tropism.rewards import RewardHarness
 
     assert recipe.reward is not None
@@ -132,12 +161,10 @@ def _tables(recipe: Recipe, options: Options) -> dict[str, Table]:
     is_run = path != options.source
     fields = recipe.model if isinstance(recipe.model, ModelConfig) else ModelConfig(name=str(recipe.model))
     trained = load_model(replace(fields, name=path, revision=None) if is_run else fields)
-    base = _base(recipe, fields) if is_run else None
-    limit = Policy(trained.model).context_length
-    training, held_out = prompts_of(recipe, trained.tokenizer, context_length=limit)
-    if not held_out and options.data is None:
-        raise ConfigError(f"the run {options.source} held out no prompts; give some: --data FILE")
-    prompts = (held_out or training)[: options.n]
+    base = base_model(recipe) if is_run else None
+    policy, conditioner = policy_with_slots(trained)
+    taken = 0 if conditioner is None else conditioner.width
+    prompts = prompts_to_score(recipe, options, trained.tokenizer, limit=policy.context_length, taken=taken)
     tables = {}
     if base is not None:
         tables["base"] = _score(base, base, recipe, prompts, harness)
@@ -145,10 +172,27 @@ def _tables(recipe: Recipe, options: Options) -> dict[str, Table]:
     return tables
 
 
-def _base(recipe: Recipe, fields: Any) -> LoadedModel | None:
-    """The model that a run started from, or None, said aloud, where it cannot be had any more."""
-    from tropism.models.loading import load_model
+def prompts_to_score(
+    recipe: Recipe, options: Options, tokenizer: Any, *, limit: int | None, taken: int = 0
+) -> Sequence[Prompt]:
+    """The first ``--n`` held-out prompts of the run, or of ``--data``.
 
+    Args:
+        limit: tokens of the context. taken: those of them that stand before every prompt.
+    """
+    from tropism.recipe_data import prompts_of
+
+    training, held_out = prompts_of(recipe, tokenizer, context_length=limit, taken=taken)
+    if not held_out and options.data is None:
+        raise ConfigError(f"the run {options.source} held out no prompts; give some: --data FILE")
+    return (held_out or training)[: options.n]
+
+
+def base_model(recipe: Recipe) -> LoadedModel | None:
+    """The model that a run started from, or None, said aloud, where it cannot be had any more."""
+    from tropism.models.loading import ModelConfig, load_model
+
+    fields = recipe.model if isinstance(recipe.model, ModelConfig) else ModelConfig(name=str(recipe.model))
     if was_given_from_python(recipe.model):
         reason = "it was given from Python"
     else:
@@ -163,12 +207,40 @@ def _base(recipe: Recipe, fields: Any) -> LoadedModel | None:
 def _score(
     loaded: LoadedModel, base: LoadedModel | None, recipe: Recipe, prompts: Sequence[Prompt], harness: RewardHarness
 ) -> Table:
+    from tropism.generation import policy_with_slots
+    from tropism.rollouts.engine import EmbeddedSampler
+
+    sampler = EmbeddedSampler(loaded.tokenizer, loaded.tokens.eos_ids)
+    policy, conditioner = policy_with_slots(loaded)
+    condition = None
+    if conditioner is not None:
+        target = getattr(recipe.algorithm, "eval_target", None)
+        condition = partial(conditioner.for_evaluation, target=target)
+    return reward_evaluation(policy, loaded.tokenizer, sampler, base, recipe, prompts, harness, condition)(0)[1]
+
+
+def reward_evaluation(
+    policy: Policy,
+    tokenizer: Any,
+    sampler: Sampler,
+    base: LoadedModel | None,
+    recipe: Recipe,
+    prompts: Sequence[Prompt],
+    harness: RewardHarness,
+    condition: Callable[[Sequence[Prompt]], Sequence[Prompt]] | None = None,
+) -> RewardEvaluation:
+    """What samples completions of the prompts as the recipe says, and scores them.
+
+    Args:
+        base: the model that KL is measured to.
+        condition: as in ``RewardEvaluation``.
+    """
     from tropism.evaluation.heldout import RewardEvaluation
     from tropism.models.policy import Policy
     from tropism.recipe_processes import accelerator_for
-    from tropism.rollouts.engine import EmbeddedSampler
     from tropism.rollouts.transcribe import Transcriber
     from tropism.training.processes import Processes
+    from tropism.training.rollout_maker import RolloutMaker
     from tropism.training.scoring import ModelScorer
 
     processes = Processes(accelerator_for(recipe))
@@ -179,18 +251,16 @@ def _score(
         reference = ModelScorer(
             lambda: nullcontext(start), processes, max_tokens=most, max_rows=recipe.trainer.micro_batch_size
         )
-    evaluation = RewardEvaluation(
-        prompts,
-        policy=Policy(loaded.model),
-        sampler=EmbeddedSampler(loaded.tokenizer, loaded.tokens.eos_ids),
+    maker = RolloutMaker(
+        sampler=sampler,
         sampling=recipe.sampling,
         harness=harness,
-        transcribe=Transcriber(loaded.tokenizer, recipe.sampling.stop),
-        reference=reference,
+        transcribe=Transcriber(tokenizer, recipe.sampling.stop),
+        policy=policy,
         processes=processes,
         seed=recipe.seed,
     )
-    return evaluation(0)[1]
+    return RewardEvaluation(prompts, maker=maker, reference=reference, condition=condition)
 
 
 def _evaluation(table: Table, step: int) -> Evaluation:

@@ -11,6 +11,7 @@ import tyro
 from rich.padding import Padding
 from rich.text import Text
 
+from tropism.commands.asked_targets import parsed_targets
 from tropism.commands.console import console, printable
 from tropism.errors import ConfigError, DataError
 from tropism.schema import build
@@ -29,6 +30,12 @@ class Options:
     """Texts to complete; - reads them from standard input, one a line."""
     n: int = 1
     """Completions per prompt."""
+    target_reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What to ask a reward-conditioned model for: a number, or NAME=NUMBER for each of its rewards."""
+    guidance: float = 0.0
+    """Push the model away from what it would say without a target, by this strength; 0 is off."""
+    guidance_from: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A low target to push away from instead, given as --target-reward is."""
     max_new_tokens: int = 40
     """Most tokens of a completion."""
     temperature: float = 1.0
@@ -67,13 +74,22 @@ def run(arguments: Sequence[str]) -> None:
     from tropism.generation import TextPolicy
     from tropism.rollouts.config import Sampling
 
-    own = ("source", "prompts", "n", "seed", "chat", "device")
+    target = parsed_targets(options.target_reward, "--target-reward")
+    other = parsed_targets(options.guidance_from, "--guidance-from")
+    own = ("source", "prompts", "n", "seed", "chat", "device", "target_reward", "guidance", "guidance_from")
     sampling = build(Sampling, {name: value for name, value in vars(options).items() if name not in own})
     quieten_libraries()
     policy = TextPolicy.load(options.source, device=options.device)
     policy.sampling = sampling
     prompts: list[str | Messages] = [[{"role": "user", "content": text}] if options.chat else text for text in texts]
-    completions = policy.generate(prompts, n=options.n, seed=options.seed)
+    completions = policy.generate(
+        prompts,
+        n=options.n,
+        seed=options.seed,
+        target_reward=target,
+        guidance=options.guidance,
+        guidance_from=other,
+    )
     out = console()
     for index, text in enumerate(texts):
         out.print(Text(printable(text), "bold"), soft_wrap=True)

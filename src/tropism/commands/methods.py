@@ -31,11 +31,10 @@ def run(arguments: Sequence[str]) -> None:
     out = console()
     if not options.name:
         for name, method in ALGORITHMS.items():
-            source = "its own completions, rewarded" if method.on_policy else "demonstrations"
             first = " ".join((inspect.getdoc(method) or "").split("\n\n")[0].split())
-            out.print(Text.assemble((f"{name:<6}", "bold"), ("learns from ", "dim"), source))
+            out.print(Text.assemble((f"{name:<12}", "bold"), ("learns from ", "dim"), method.learns_from))
             for line in (first, f"presets: {', '.join(method.presets) or 'none'}"):
-                out.print(Padding(Text(line), (0, 0, 0, 6)))
+                out.print(Padding(Text(line), (0, 0, 0, 12)))
         out.print("\nThe fields of one: tropism methods NAME. In a recipe: algorithm: {name: NAME, preset: ...}")
         return
     method = method_named(options.name)

@@ -146,13 +146,14 @@ def _show_dry_run(assembled: Any) -> None:
     trained = sum(p.numel() for p in assembled.policy.parameters() if p.requires_grad)
     weights = sum(p.numel() for p in assembled.policy.parameters())
     facts = [f"run folder: {assembled.folder.path}"]
-    if recipe.algorithm.on_policy:
-        completions = recipe.prompts_per_step * recipe.algorithm.group_size  # type: ignore[attr-defined]
-        tokens = completions * recipe.sampling.max_new_tokens
+    if recipe.algorithm.reads == "prompts":
+        size = recipe.algorithm.step_size(recipe.prompts_per_step, len(assembled.prompts))
+        tokens = size.completions * recipe.sampling.max_new_tokens
+        when = "per step" if recipe.algorithm.on_policy else "before the first step"
         facts += [
             f"prompts: {len(assembled.prompts)}",
-            f"completions per step: {completions}",
-            f"tokens per step: at most {tokens:,}",
+            f"completions {when}: {size.completions}",
+            f"tokens {when}: at most {tokens:,}",
         ]
     else:
         facts += [

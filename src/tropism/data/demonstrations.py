@@ -7,7 +7,7 @@ completion begins where it departs from the encoded prompt.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,49 +62,87 @@ def make_demonstrations(
     Raises:
         DataError: names the file and line or the record.
     """
-    if config is None and isinstance(source, DataConfig):
-        config = source
-    records = locate_records(source)
-    layout = _layout(records, config)
     demonstrations: list[Demonstration] = []
-    too_short = too_long = merged = endless = 0
-    for record in records:
-        if config is not None and len(demonstrations) == config.limit:
-            break
-        texts = _texts(record, layout, config)
-        if texts is None:
-            too_short += 1
-            continue
-        ids, start, clean = _encode(tokenizer, *texts, where=record.where)
-        merged += not clean
-        endless += tokenizer.eos_token_id not in ids[start:]
-        start = start if completion_only else 1
-        if max_length is not None and start >= max_length:
-            too_long += 1
-            continue
-        completion = tuple(ids[start:max_length])
-        prompt = tuple(ids[:start])
+    for text in encoded_texts(source, tokenizer, config, max_length=max_length, completion_only=completion_only):
+        completion = text.ids[text.start :]
         mask = (True,) * len(completion)
-        demonstrations.append(Demonstration(prompt_ids=prompt, completion_ids=completion, loss_mask=mask))
-    _report(too_short=too_short, too_long=too_long, merged=merged, endless=endless)
-    if not demonstrations:
-        raise DataError(
-            f"none of the {len(records)} records is left: {too_short} have too few words for first_words, the prompts"
-            f" of {too_long} fill max_length ({max_length}) alone"
+        demonstrations.append(
+            Demonstration(prompt_ids=text.ids[: text.start], completion_ids=completion, loss_mask=mask)
         )
     return demonstrations
 
 
-def _report(*, too_short: int, too_long: int, merged: int, endless: int) -> None:
+@dataclass(frozen=True, kw_only=True)
+class EncodedText:
+    """The token ids of one record."""
+
+    record: Record
+    ids: tuple[int, ...]
+    """Prompt and completion; what was too long has lost its end."""
+    start: int
+    """Where the completion begins."""
+
+
+def encoded_texts(
+    source: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig | None = None,
+    *,
+    max_length: int | None,
+    completion_only: bool = True,
+    shortest_prompt: int = 1,
+    called: str = "demonstrations",
+) -> Iterator[EncodedText]:
+    """Records of prompts and completions, one by one; what was left out is told after the last.
+
+    Args:
+        source, tokenizer, config, max_length, completion_only: as of ``make_demonstrations``.
+        shortest_prompt: so many tokens at least are read only, even where they belong to the completion.
+        called: what the items are called in messages.
+
+    Raises:
+        DataError: names the file and line or the record, or says why none is left.
+    """
+    if config is None and isinstance(source, DataConfig):
+        config = source
+    records = locate_records(source)
+    layout = layout_of(records, config)
+    made = too_short = too_long = merged = endless = 0
+    for record in records:
+        if config is not None and made == config.limit:
+            break
+        texts = texts_of(record, layout, config)
+        if texts is None:
+            too_short += 1
+            continue
+        ids, start, clean = encode_parts(tokenizer, *texts, where=record.where, shortest_prompt=shortest_prompt)
+        merged += not clean
+        endless += tokenizer.eos_token_id not in ids[start:]
+        start = start if completion_only else shortest_prompt
+        if max_length is not None and start >= max_length:
+            too_long += 1
+            continue
+        made += 1
+        yield EncodedText(record=record, ids=tuple(ids[:max_length]), start=start)
+    _report(called, too_short=too_short, too_long=too_long, merged=merged, endless=endless)
+    if not made:
+        raise DataError(
+            f"none of the {len(records)} records is left: {too_short} have too few words for first_words, the prompts"
+            f" of {too_long} fill max_length ({max_length}) alone"
+        )
+
+
+def _report(called: str, *, too_short: int, too_long: int, merged: int, endless: int) -> None:
     if too_short:
         logger.info("skipped %d texts with too few words for first_words", too_short)
     if too_long:
-        logger.warning("left out %d demonstrations whose prompt alone fills max_length", too_long)
+        logger.warning("left out %d %s whose prompt alone fills max_length", too_long, called)
     if merged:
         logger.warning(
-            "in %d demonstrations the prompt's last token merges with the completion's first, so the completion begins"
-            " one token earlier than at sampling; end prompts at a word and begin completions with the space",
+            "in %d %s the prompt's last token merges with the completion's first, so the completion begins one token"
+            " earlier than at sampling; end prompts at a word and begin completions with the space",
             merged,
+            called,
         )
     if endless:
         logger.warning(
@@ -114,30 +152,35 @@ def _report(*, too_short: int, too_long: int, merged: int, endless: int) -> None
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Layout:
-    """Columns of the records: (prompt, completion), or (text or messages, None). Prompt is None with a template."""
+class Layout:
+    """Which columns hold prompt and completion, or (text or messages, None). Prompt is None with a template."""
 
     prompt: str | None
     completion: str | None
 
 
-def _layout(records: Sequence[Record], config: DataConfig | None) -> _Layout:
+def layout_of(records: Sequence[Record], config: DataConfig | None) -> Layout:
+    """Which columns to read.
+
+    Raises:
+        DataError: none of them is called as a prompt is, or ``first_words`` beside completions.
+    """
     completion = config.completion_column if config else None
     if completion is None and any("completion" in record.columns for record in records):
         completion = "completion"
     if config is not None and config.template is not None:
-        return _Layout(prompt=None, completion=completion)
+        return Layout(prompt=None, completion=completion)
     prompt = config.prompt_column if config else None
     if prompt is None:
         preferred = ("messages", "text") if completion is None else ("prompt", "messages", "text")
         prompt = choose_column(records, preferred, but=completion)
     if completion is not None and config is not None and config.first_words is not None:
         raise DataError("first_words parts plain texts, but the records have completions of their own; leave it out")
-    return _Layout(prompt=prompt, completion=completion)
+    return Layout(prompt=prompt, completion=completion)
 
 
-def _texts(
-    record: Record, layout: _Layout, config: DataConfig | None
+def texts_of(
+    record: Record, layout: Layout, config: DataConfig | None
 ) -> tuple[str, str] | tuple[Messages, Messages] | None:
     """Prompt and completion, as text or as messages; None where ``first_words`` leaves nothing to learn."""
     prompt = prompt_value(record, layout.prompt, config)
@@ -172,10 +215,15 @@ def _parted(text: str, config: DataConfig | None) -> tuple[str, str] | None:
     return text[:end], text[end:]
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, completion: str | Messages, *, where: str
+def encode_parts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Messages,
+    completion: str | Messages,
+    *,
+    where: str,
+    shortest_prompt: int,
 ) -> tuple[list[int], int, bool]:
-    """Ids of the whole, where the completion begins (at least 1), and whether it begins where the prompt's ids end."""
+    """Ids of the whole, where the completion begins, and whether it begins where the prompt's ids end."""
     if isinstance(prompt, str) and isinstance(completion, str):
         ids = encode_text(tokenizer, prompt + completion)
         prompt_ids = encode_text(tokenizer, prompt)
@@ -191,7 +239,7 @@ def _encode(
     clean = common == len(prompt_ids)
     if not clean and isinstance(prompt, list) and isinstance(completion, list):
         _check_prefix(tokenizer, prompt, prompt + completion, where)
-    start = max(common, 1)
+    start = max(common, shortest_prompt)
     if len(ids) <= start:
         raise DataError(f"{where}: there is nothing to learn; the completion is empty")
     return ids, start, clean

@@ -2,76 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from tropism.algorithms.base import Scorer
-from tropism.data.demonstrations import Demonstration, collate_demonstrations
 from tropism.evaluation.text_quality import distinct_n
 from tropism.ops import kl_k1, masked_sum
 from tropism.redaction import redact_values
-from tropism.rewards import RewardHarness
-from tropism.rollouts.config import Sampling
-from tropism.rollouts.protocol import Sampler
-from tropism.rollouts.randomness import StreamKey
-from tropism.rollouts.transcribe import Transcriber
-from tropism.training.processes import Processes
+from tropism.training.rollout_maker import RolloutMaker
 from tropism.training.run_folder import as_text
-from tropism.types import Metrics, Prompt, Rollouts
+from tropism.types import Batch, Metrics, Prompt, pad_rows
 
+T = TypeVar("T")
 Table = dict[str, list[Any]]
 
 
 class RewardEvaluation:
-    """One completion of every held-out prompt, scored by the reward, with its KL to the reference."""
+    """One completion of every held-out prompt, scored by the reward, with its KL to the reference.
+
+    Args:
+        condition: what the prompts are sampled with instead, in their order: those of a model that is asked for a
+            reward. Rewards and reference see the plain prompts. None: the prompts themselves.
+    """
 
     def __init__(
         self,
         prompts: Sequence[Prompt],
         *,
-        policy: Any,
-        sampler: Sampler,
-        sampling: Sampling,
-        harness: RewardHarness,
-        transcribe: Transcriber,
+        maker: RolloutMaker,
         reference: Scorer | None,
-        processes: Processes,
-        seed: int,
+        condition: Callable[[Sequence[Prompt]], Sequence[Prompt]] | None = None,
     ) -> None:
-        self.prompts = prompts
-        self.policy, self.sampler, self.sampling = policy, sampler, sampling
-        self.harness, self.transcribe, self.reference = harness, transcribe, reference
-        self.processes, self.seed = processes, seed
+        self.prompts, self.maker, self.reference, self.condition = prompts, maker, reference, condition
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def __call__(self, step: int) -> tuple[Metrics, Table]:
-        """Metrics, and one row per prompt in the order of the prompts."""
-        first, mine = self.processes.share(self.prompts)
+    def __call__(self, step: int, *, collect: int = 0) -> tuple[Metrics, Table]:
+        """Metrics, and one row per prompt in the order of the prompts.
 
-        def sample() -> list[Rollouts]:
-            if not mine:
-                return []
-            key = StreamKey(seed=self.seed, purpose="evaluation")
-            with self.processes.accelerator.autocast():
-                own = self.sampler.generate(self.policy, mine, self.sampling, key=key, first_index=first)
-            return [own.to("cpu")]
-
-        with self.processes.entered(self.policy.whole()):
-            parts = self.processes.together(sample)
-        rollouts = Rollouts.concat([rollouts for part in parts for rollouts in part])
-        inputs = self.transcribe(rollouts, self.prompts, {"step": step})
-        own = inputs.rows(first, first + len(mine))
-        raw = self.processes.together(lambda: self.harness.evaluate(own, first_row=first))
-        lengths, width = rollouts.completion_lengths, rollouts.completion_ids.shape[1]
-        merged = type(raw[0]).concat(raw)
-        rewards = self.harness.combine(merged, lengths, width, update_moments=False, unscaled=True)
+        Args:
+            collect: another number gives other completions of the same prompts.
+        """
+        asked = self.prompts if self.condition is None else self.condition(self.prompts)
+        rollouts = self.maker.sample(asked, purpose="evaluation", collect=collect)
+        inputs, rewards = self.maker.score(rollouts, self.prompts, {"step": step}, raw=True)
+        lengths = rollouts.completion_lengths
         kl = torch.full((len(rollouts),), float("nan"))
         if self.reference is not None:
-            ref_logprobs = self.reference.logprobs(rollouts, temperature=rollouts.temperature)
+            plain = replace(
+                rollouts,
+                prompt_ids=pad_rows([prompt.ids for prompt in self.prompts], left=True),
+                prompt_lengths=torch.tensor([len(prompt.ids) for prompt in self.prompts]),
+            )
+            ref_logprobs = self.reference.logprobs(plain, temperature=rollouts.temperature)
             kl = (kl_k1(rollouts.logprobs, ref_logprobs) * rollouts.completion_mask).sum(-1)
         scored = torch.where(rewards.scored, rewards.totals, torch.nan)
         completions = [as_text(completion) for completion in inputs.completions]
@@ -101,20 +88,23 @@ class RewardEvaluation:
         return metrics, table
 
 
-class LossEvaluation:
-    """Mean negative log-likelihood of held-out demonstrations, per learned token."""
+class LossEvaluation(Generic[T]):
+    """Mean negative log-likelihood of held-out texts, per learned token.
 
-    def __init__(self, demonstrations: Sequence[Demonstration], *, scorer: Scorer) -> None:
-        self.demonstrations = demonstrations
-        self.scorer = scorer
+    Args:
+        collate: texts -> a batch, as in training.
+    """
+
+    def __init__(self, texts: Sequence[T], *, collate: Callable[[Sequence[T]], Batch], scorer: Scorer) -> None:
+        self.texts, self.collate, self.scorer = texts, collate, scorer
 
     def __len__(self) -> int:
-        return len(self.demonstrations)
+        return len(self.texts)
 
     def __call__(self, step: int) -> tuple[Metrics, Table | None]:
         total, count = 0.0, 0
-        for begin in range(0, len(self.demonstrations), 256):
-            batch = collate_demonstrations(self.demonstrations[begin : begin + 256])
+        for begin in range(0, len(self.texts), 256):
+            batch = self.collate(self.texts[begin : begin + 256])
             logprobs = self.scorer.logprobs(batch, temperature=1.0)
             total -= float(masked_sum(logprobs, batch.loss_mask))
             count += int(batch.loss_mask.sum())

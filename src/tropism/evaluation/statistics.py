@@ -68,9 +68,29 @@ def bootstrap_interval(values: Values, *, confidence: float = 0.95, resamples: i
     if len(scored) == 1:
         return Interval(mean, math.nan, math.nan)
     means = _resampled_means(scored, resamples, seed)
-    tail = _expanded_tail((1 - confidence) / 2, len(scored))
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(mean, float(low), float(high))
+    return percentile_interval(mean, means, count=len(scored), confidence=confidence)
+
+
+def percentile_interval(
+    value: float, resampled: NDArray[np.float64], *, count: int, confidence: float = 0.95
+) -> Interval:
+    """The interval of any statistic from its values on bootstrap resamples (expanded percentile method, see above).
+
+    Args:
+        value: the statistic of the data themselves, which stands in the place of the mean.
+        resampled: [R] the statistic of each resample, NaN where it was undefined.
+        count: prompts that each resample was drawn from.
+        confidence: as in ``bootstrap_interval``.
+
+    Returns:
+        The bounds are NaN with a single prompt, or where one resample in twenty or more left the statistic undefined.
+    """
+    defined = resampled[~np.isnan(resampled)]
+    if count < 2 or math.isnan(value) or len(defined) <= 0.95 * len(resampled):
+        return Interval(value, math.nan, math.nan)
+    tail = _expanded_tail((1 - confidence) / 2, count)
+    low, high = np.quantile(defined, [tail, 1 - tail])
+    return Interval(value, float(low), float(high))
 
 
 def paired_difference(

@@ -32,6 +32,7 @@ from tropism.errors import ModelError
 from tropism.foreign.gguf_header import read_gguf_header
 from tropism.foreign.pretrained import check_size, load_pretrained, load_tokenizer, reported, set_name
 from tropism.foreign.view import ADAPTER_CONFIG, CONFIG, adapter_view, file_view, model_view
+from tropism.models.conditioning_files import SavedConditioning, read_conditioning, refuse_lost_slots
 from tropism.models.demo_model import demo_model_path
 from tropism.models.lora import load_adapter, saved_adapter
 from tropism.models.modules import base_model, disable_dropout, with_weights, zero_dropout
@@ -93,6 +94,8 @@ class LoadedModel:
     tokens: SpecialTokens
     source: str
     """What it was loaded from; enough to load it again unless it came as objects."""
+    conditioning: SavedConditioning | None = None
+    """Of a model that can be asked for a reward: how it is told."""
 
 
 ModelSource = str | Path | ModelConfig | LoadedModel | tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]
@@ -117,12 +120,16 @@ def load_model(source: ModelSource) -> LoadedModel:
     if isinstance(source, ModelConfig):
         model, tokenizer = _load(source)
         name = source.name
+        conditioning = read_conditioning(name, base_model(model).config, revision=source.revision)
     else:
         model, tokenizer = _checked_pair(source)
         name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+        conditioning = None
+        refuse_lost_slots(name, base_model(model).config)
     disable_dropout(model)
     model.eval()
-    return LoadedModel(model=model, tokenizer=tokenizer, tokens=special_tokens(model, tokenizer), source=name)
+    tokens = special_tokens(model, tokenizer)
+    return LoadedModel(model=model, tokenizer=tokenizer, tokens=tokens, source=name, conditioning=conditioning)
 
 
 def special_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tropism.errors import ModelError
+from tropism.models.conditioning import RewardSlots
 from tropism.models.emulation import emulates, emulation, rounded
 from tropism.models.heads import ValueHead
 from tropism.models.rows import RowsForward, lay_out
 from tropism.models.sampling_model import SamplingModel, SamplingModels
 from tropism.models.sharding import gather, gathered
 from tropism.ops import entropy as entropy_of
-from tropism.ops import linear_logprobs, token_logprobs
+from tropism.ops import full_kl, linear_logprobs, token_logprobs
 from tropism.types import first_with_same_prompt
 
 Padding = Literal["right", "left", "both"]
-Wanted = Literal["logprobs", "entropy", "values", "bootstrap_values"]
+Wanted = Literal["logprobs", "entropy", "values", "bootstrap_values", "hidden", "reference_kl"]
 PROBE_TOLERANCE = 1e-3
 CHUNK_BYTES = (256 * 2**20, 24 * 2**20)
 """Logits of one chunk, on accelerators and on the CPU. There larger blocks leave the caches and, above 32 MB, are given
@@ -42,6 +43,10 @@ class PolicyOutput:
     """[B, T] value before token t."""
     bootstrap_values: Tensor | None = None
     """[B] value after the last completion token."""
+    hidden: Tensor | None = None
+    """[B, T, H] what the vocabulary projection reads to predict token t; 0 where not asked for."""
+    reference_kl: Tensor | None = None
+    """[B, T] exact KL of the distribution that predicts token t from the reference's, over the whole vocabulary."""
 
     def need(self, name: Wanted) -> Tensor:
         """The tensor of that name; it must have been asked for."""
@@ -78,11 +83,12 @@ def join(
 
 
 class Policy(nn.Module):
-    """A causal LM and its optional value head behind one ``forward``, so that DDP and FSDP can wrap both.
+    """A causal LM, its optional value head and reward slots behind one ``forward``, so that FSDP can wrap them all.
 
     Args:
         model: a Hugging Face causal LM, or a PEFT model around one.
         value_head: None where the method has no critic.
+        conditioning: what answers ids below 0 in prompts (``ops.slots``); None where no reward is asked for.
         chunk_size: completion tokens per pass through the vocabulary projection; None takes what keeps the logits
             within ``CHUNK_BYTES``. Logits of more tokens never exist at once; with gradients the chunks are recomputed
             in the backward pass.
@@ -91,11 +97,21 @@ class Policy(nn.Module):
         ModelError: the family computes its logits in a way that cannot be reproduced from its hidden states.
     """
 
-    def __init__(self, model: nn.Module, *, value_head: ValueHead | None = None, chunk_size: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        value_head: ValueHead | None = None,
+        conditioning: RewardSlots | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.value_head = value_head
+        self.conditioning = conditioning
         self.padding: Padding = "right"
+        self.reference_logits: Callable[[Tensor], Tensor] | None = None
+        """The reference's vocabulary projection, for methods with an exact KL; it must not be sharded."""
         self.sampling_models = SamplingModels(self)
         parameters = inspect.signature(self.body.forward).parameters
         self.takes_positions = "position_ids" in parameters
@@ -114,6 +130,21 @@ class Policy(nn.Module):
     def body(self) -> Any:
         """The transformer below the vocabulary projection."""
         return self.language_model.base_model
+
+    @property
+    def input_embedding(self) -> Any:
+        """The module that turns ids into what the first layer reads."""
+        return self.language_model.get_input_embeddings()
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of what the vocabulary projection reads; not that of the layers in every family (OPT)."""
+        return int(self.language_model.get_output_embeddings().weight.shape[1])
+
+    @property
+    def takes_slots(self) -> bool:
+        """Whether prompts may hold reward slots."""
+        return self.conditioning is not None
 
     @property
     def config(self) -> Any:
@@ -146,7 +177,8 @@ class Policy(nn.Module):
 
     def run_body(self, **arguments: Any) -> Tensor:
         """The transformer's last hidden states, from its own arguments."""
-        with emulation(self.device):
+        slots = nullcontext() if self.conditioning is None else self.conditioning.embedded(self.input_embedding)
+        with emulation(self.device), slots:
             return self.body(**arguments).last_hidden_state  # type: ignore[no-any-return]
 
     def for_sampling(self) -> AbstractContextManager[SamplingModel]:
@@ -183,6 +215,7 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         want: Collection[Wanted] = frozenset({"logprobs"}),
         entropy_gradient: bool = False,
+        reference_hidden: Tensor | None = None,
     ) -> PolicyOutput:
         """Only what is wanted, at the completion tokens in ``mask`` (default: all real ones).
 
@@ -191,8 +224,9 @@ class Policy(nn.Module):
             completion_ids: [B, T] padded on the right. completion_lengths: [B].
             mask: [B, T] bool; log-probs and entropy are computed at these tokens alone.
             temperature: logits are divided by it.
-            want: any of logprobs, entropy, values, bootstrap_values.
+            want: any of logprobs, entropy, values, bootstrap_values, hidden, reference_kl.
             entropy_gradient: whether the entropy is trained (an entropy bonus) or only logged.
+            reference_hidden: [B, T, H] ``hidden`` of the reference, for reference_kl, whose temperature is always 1.
         """
         ids, attention, positions, first = join(
             prompt_ids, prompt_lengths, completion_ids, completion_lengths, padding=self.padding
@@ -213,15 +247,16 @@ class Policy(nn.Module):
         output: dict[str, Tensor] = {}
 
         def spread(values: Tensor) -> Tensor:
-            return torch.zeros(chosen.shape, dtype=values.dtype, device=ids.device).index_put((rows, tokens), values)
+            return values.new_zeros((*chosen.shape, *values.shape[1:])).index_put((rows, tokens), values)
 
-        if "logprobs" in want or "entropy" in want:
-            logprobs, entropies = self._vocabulary(
-                at_tokens, completion_ids[rows, tokens], temperature, "entropy" in want, entropy_gradient
+        if not {"logprobs", "entropy", "reference_kl"}.isdisjoint(want):
+            compared = _at(reference_hidden, rows, tokens).to(at_tokens.dtype) if "reference_kl" in want else None
+            found = self._vocabulary(
+                at_tokens, completion_ids[rows, tokens], temperature, "entropy" in want, entropy_gradient, compared
             )
-            output["logprobs"] = spread(logprobs)
-            if "entropy" in want:
-                output["entropy"] = spread(entropies)
+            output |= {name: spread(values) for name, values in found.items()}
+        if "hidden" in want:
+            output["hidden"] = spread(at_tokens)
         if "values" in want:
             output["values"] = spread(self._values(at_tokens))
         if "bootstrap_values" in want:
@@ -247,39 +282,58 @@ class Policy(nn.Module):
         return self.value_head(hidden)  # type: ignore[no-any-return]
 
     def _vocabulary(
-        self, hidden: Tensor, ids: Tensor, temperature: float, with_entropy: bool, entropy_gradient: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs of ``ids`` [N] and entropies [N] from hidden states [N, H], chunk by chunk."""
-        weight = None if with_entropy and entropy_gradient else self._plain_head()
+        self,
+        hidden: Tensor,
+        ids: Tensor,
+        temperature: float,
+        with_entropy: bool,
+        entropy_gradient: bool,
+        reference: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Log-probs of ``ids`` [N], and where wanted entropies [N] and KL [N], from hidden states [N, H] by chunks."""
+        weight = None if (with_entropy and entropy_gradient) or reference is not None else self._plain_head()
         if weight is not None:
             device = hidden.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
             cast = rounded if emulates(hidden.device) else lambda tensor: tensor.to(dtype)
             with torch.autocast(device, enabled=False):
-                return linear_logprobs(
+                logprobs, entropies = linear_logprobs(
                     cast(hidden), cast(weight), ids, temperature=temperature, chunk_size=self.chunk_size
                 )
+            return {"logprobs": logprobs, "entropy": entropies} if with_entropy else {"logprobs": logprobs}
         logged: list[Tensor] = []  # entropies without gradient: computed in the forward pass, not when it is repeated
 
-        def chunk(part: Tensor, part_ids: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        def chunk(part: Tensor, part_ids: Tensor, part_reference: Tensor | None, index: int) -> dict[str, Tensor]:
             logits = self.logits(part)
-            logprobs = token_logprobs(logits, part_ids, temperature=temperature)
+            found = {"logprobs": token_logprobs(logits, part_ids, temperature=temperature)}
+            if part_reference is not None:
+                found["reference_kl"] = self._kl_from(part_reference, logits)
             if with_entropy and entropy_gradient:
-                return logprobs, entropy_of(logits, temperature=temperature)
-            if with_entropy and index == len(logged):
+                found["entropy"] = entropy_of(logits, temperature=temperature)
+            elif with_entropy and index == len(logged):
                 with torch.no_grad():
                     logged.append(entropy_of(logits, temperature=temperature))
-            return logprobs, logprobs
+            return found
 
-        pieces = list(zip(hidden.split(self.chunk_size), ids.split(self.chunk_size), strict=True))
-        parts = []
-        for index, (part, part_ids) in enumerate(pieces):
+        states, targets = hidden.split(self.chunk_size), ids.split(self.chunk_size)
+        compared = [None] * len(states) if reference is None else reference.split(self.chunk_size)
+        pieces = list(zip(states, targets, compared, strict=True))
+        parts: list[dict[str, Tensor]] = []
+        for index, piece in enumerate(pieces):
             if len(pieces) > 1 and torch.is_grad_enabled():
-                parts.append(checkpoint(chunk, part, part_ids, index, use_reentrant=False))
+                parts.append(checkpoint(chunk, *piece, index, use_reentrant=False))
             else:
-                parts.append(chunk(part, part_ids, index))
-        entropies = logged or [p[1] for p in parts]
-        return torch.cat([p[0] for p in parts]), torch.cat(entropies)
+                parts.append(chunk(*piece, index))
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return joined | {"entropy": torch.cat(logged)} if logged else joined
+
+    def _kl_from(self, reference: Tensor, logits: Tensor) -> Tensor:
+        """[N] exact KL of softmax(logits) [N, V] from what the reference's hidden states [N, H] predict."""
+        if self.reference_logits is None:
+            raise ModelError("reference_kl was asked of a policy without policy.reference_logits; set it")
+        with torch.no_grad():
+            expected = self.reference_logits(reference)
+        return full_kl(logits, expected)
 
     def _plain_head(self) -> Tensor | None:
         """[V, H] where logits are the hidden states times a matrix and nothing else; None otherwise."""
@@ -307,3 +361,10 @@ class Policy(nn.Module):
                 f"{family} computes logits from its hidden states in a way tropism does not know; please report "
                 "the family so that Policy.logits learns it"
             )
+
+
+def _at(reference_hidden: Tensor | None, rows: Tensor, tokens: Tensor) -> Tensor:
+    """[N, H] the reference's hidden states at the chosen tokens."""
+    if reference_hidden is None:
+        raise ModelError("reference_kl needs reference_hidden, what the reference gave for want={'hidden'}")
+    return reference_hidden[rows, tokens]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -59,6 +59,22 @@ class Reference:
                 yield self.policy
             finally:
                 model.set_adapter(trained)
+
+    def projection(self) -> Callable[[Tensor], Tensor]:
+        """The reference's own vocabulary projection, [..., H] -> [..., V], which needs no ``active`` block.
+
+        Raises:
+            ModelError: the output embedding has an adapter, so that policy and reference differ in it.
+        """
+        if self.kind == "copy":
+            return self.frozen.logits
+        head: nn.Module = self.policy.language_model.get_output_embeddings()
+        if not {name for name, _ in head.named_parameters()} <= {"weight", "bias"}:
+            raise ModelError(
+                "the output embedding has an adapter, and the exact KL to the reference needs it without: leave it out "
+                "of the LoRA targets, or set kl_coef to 0"
+            )
+        return self.policy.logits
 
 
 def _copy_of_trained(model: nn.Module) -> nn.Module:

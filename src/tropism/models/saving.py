@@ -6,7 +6,7 @@ import copy
 import logging
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,22 @@ from tropism.storage import flush, writing
 logger = logging.getLogger(__name__)
 
 
-def save_plain(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+def save_plain(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    beside: Callable[[Path], None] | None = None,
+) -> None:
     """Write ``model`` and ``tokenizer`` as a folder that ``AutoModelForCausalLM`` loads with no custom code.
 
     An active adapter is merged into a copy of the layers it changes; the live model keeps its weights bit for bit. The
     folder appears under its name only once it is complete, and then replaces an older one.
+
+    Args:
+        settings: further entries of config.json.
+        beside: writes further files into the folder.
 
     Raises:
         ModelError: the weights are quantised.
@@ -42,9 +53,13 @@ def save_plain(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
     weights = merged_weights(model) if isinstance(model, PeftModel) else tensors_of(base)
     plain = with_weights(base, weights)
     plain.generation_config = _valid_generation_config(plain.generation_config)
+    for name, value in (settings or {}).items():
+        setattr(plain.config, name, value)
     with replacing(Path(folder)) as temporary:
         plain.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        if beside is not None:
+            beside(temporary)
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:

@@ -22,6 +22,7 @@ FACTORIES: dict[str, str] = {
     "regex": "tropism.rewards.rules:regex",
     "repetition": "tropism.rewards.rules:repetition",
     "number_answer": "tropism.rewards.numeric:number_answer",
+    "overlap": "tropism.rewards.overlap:overlap",
     "classifier": "tropism.rewards.classifier:classifier",
     "remote": "tropism.rewards.remote:remote",
 }

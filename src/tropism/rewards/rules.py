@@ -102,17 +102,19 @@ def length(target: int | None = None, unit: LengthUnit = "tokens", goal: LengthG
     if target is not None and (isinstance(target, bool) or not isinstance(target, int) or target < 0):
         raise ConfigError(f"target: expected a whole number of {unit}, not {target!r}")
 
-    def reward_length(completions: list[Any], completion_ids: list[list[int]]) -> list[float]:
-        if unit == "tokens":
-            lengths = [len(ids) for ids in completion_ids]
-        else:
-            measured: Callable[[str], int] = len if unit == "characters" else lambda text: len(split_words(text))
-            lengths = [measured(plain_text(completion)) for completion in completions]
+    def rewards_of(lengths: list[int]) -> list[float]:
         if target is not None:
             return [-float(abs(count - target)) for count in lengths]
         return [float(count if goal == "maximise" else -count) for count in lengths]
 
-    return reward_length
+    def reward_length(completions: list[Any]) -> list[float]:
+        measured: Callable[[str], int] = len if unit == "characters" else lambda text: len(split_words(text))
+        return rewards_of([measured(plain_text(completion)) for completion in completions])
+
+    def reward_tokens(completion_ids: list[list[int]]) -> list[float]:
+        return rewards_of([len(ids) for ids in completion_ids])
+
+    return reward_tokens if unit == "tokens" else reward_length
 
 
 def regex(pattern: str, match: RegexMatch = "fullmatch", reward: float = 1.0, timeout: float = 1.0) -> Rule:
@@ -161,13 +163,13 @@ def repetition(n: int = 3, unit: RepetitionUnit = "words") -> Rule:
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ConfigError(f"n: expected a whole number of at least 1, not {n!r}")
 
-    def reward_repetition(completions: list[Any], completion_ids: list[list[int]]) -> list[float]:
-        items: list[Sequence[Hashable]] = list(completion_ids)
-        if unit == "words":
-            items = [split_words(plain_text(completion).casefold()) for completion in completions]
-        return [-repeated_share(row, n) for row in items]
+    def reward_repetition(completions: list[Any]) -> list[float]:
+        return [-repeated_share(split_words(plain_text(completion).casefold()), n) for completion in completions]
 
-    return reward_repetition
+    def reward_repeated_tokens(completion_ids: list[list[int]]) -> list[float]:
+        return [-repeated_share(ids, n) for ids in completion_ids]
+
+    return reward_repeated_tokens if unit == "tokens" else reward_repetition
 
 
 def repeated_share(items: Sequence[Hashable], n: int) -> float:

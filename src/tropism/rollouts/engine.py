@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from tropism.errors import ConfigError, NumericsError
+from tropism.ops.slots import without_slots
+from tropism.rollouts.checks import check_context, check_ids
 from tropism.rollouts.config import Sampling
 from tropism.rollouts.distribution import draw, penalise_repetition, truncate
 from tropism.rollouts.kv_cache import SlabCache
@@ -46,6 +48,11 @@ class _Row:
     spelled_stop: bool = False
     """Whether a stop string has appeared, perhaps before the completion may end."""
     state: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        """The ids of the first prefix that are text."""
+        return without_slots(self.prefixes[0])
 
 
 @dataclass(frozen=True)
@@ -99,33 +106,14 @@ class EmbeddedSampler:
         ]
         if len({len(p) for p in prefixes}) > 1:
             raise ConfigError("every prompt needs the same number of streams")
-        _check_context(prefixes, sampling, policy.context_length)
-        _check_ids(prefixes, sampling, int(policy.config.vocab_size))
+        check_context(prefixes, sampling, policy.context_length)
+        check_ids(prefixes, sampling, int(policy.config.vocab_size), slots=policy.takes_slots)
         rows = [_Row(index=i * n + j, prefixes=prefix) for i, prefix in enumerate(prefixes) for j in range(n)]
         ends = (frozenset(self.eos_ids), frozenset(sampling.stop_token_ids))
         stops = StopStrings(sampling.stop, self.tokenizer) if sampling.stop else None
         with policy.for_sampling() as model:
             _Decoder(policy, model, rows, sampling, key, first_index, filters, ends, stops).run()
         return _collect(rows, sampling)
-
-
-def _check_context(prefixes: Sequence[tuple[tuple[int, ...], ...]], sampling: Sampling, limit: int | None) -> None:
-    for index, prefix in enumerate(prefixes):
-        longest = max(len(ids) for ids in prefix)
-        if min(len(ids) for ids in prefix) == 0:
-            raise ConfigError(f"prompt {index} has no tokens; the model needs at least one to start from")
-        if limit is not None and longest + sampling.max_new_tokens > limit:
-            raise ConfigError(
-                f"prompt {index} has {longest} tokens; with max_new_tokens={sampling.max_new_tokens} that exceeds the "
-                f"model's context of {limit}: shorten the prompt or lower sampling.max_new_tokens"
-            )
-
-
-def _check_ids(prefixes: Sequence[tuple[tuple[int, ...], ...]], sampling: Sampling, vocabulary: int) -> None:
-    places = {f"prompt {index}": [i for ids in prefix for i in ids] for index, prefix in enumerate(prefixes)}
-    for place, ids in {**places, "sampling.stop_token_ids": sampling.stop_token_ids}.items():
-        if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
-            raise ConfigError(f"{place} names a token beyond the model's vocabulary, the ids 0 to {vocabulary - 1}")
 
 
 def _collect(rows: Sequence[_Row], sampling: Sampling) -> Rollouts:
@@ -326,14 +314,14 @@ class _Decoder:
         """Logits [R, V] of the distribution that is sampled from."""
         sampling = self.sampling
         if sampling.repetition_penalty != 1 or self.filters:
-            ids = [[*row.prefixes[0], *row.ids] for row in self.active]
+            ids = [[*row.prompt, *row.ids] for row in self.active]
         if self.filters:
             assert self.hidden is not None
             context = FilterContext(
                 stream_logits=stream_logits,
                 hidden=self.hidden,
                 ids=ids,
-                prompt_lengths=[len(row.prefixes[0]) for row in self.active],
+                prompt_lengths=[len(row.prompt) for row in self.active],
                 row_state=[row.state for row in self.active],
             )
             for change in self.filters:
@@ -354,7 +342,7 @@ class _Decoder:
     def _finish(self) -> None:
         for row in self.active:
             if self.stops is not None and not row.spelled_stop:
-                row.spelled_stop = self.stops.ended(row.prefixes[0], row.ids)
+                row.spelled_stop = self.stops.ended(row.prompt, row.ids)
             if row.ids[-1] in self.eos_ids:
                 row.finish_reason = "eos"
             elif row.ids[-1] in self.stop_ids or (row.spelled_stop and len(row.ids) >= self.sampling.min_new_tokens):

@@ -35,7 +35,7 @@ class FilterContext:
     hidden: Tensor
     """[R, S, H] input of the vocabulary projection, per stream."""
     ids: Sequence[Sequence[int]]
-    """R lists: prompt and completion so far, of stream 0."""
+    """R lists: prompt (without reward slots) and completion so far, of stream 0."""
     prompt_lengths: Sequence[int]
     """How many of each row's ids are prompt."""
     row_state: Sequence[dict[str, Any]]
@@ -84,6 +84,8 @@ class GeneratingPolicy(Protocol):
     def device(self) -> Any: ...
     @property
     def context_length(self) -> int | None: ...
+    @property
+    def takes_slots(self) -> bool: ...
     def for_sampling(self) -> AbstractContextManager[SamplingModel]: ...
     def named_parameters(self) -> Iterable[tuple[str, Tensor]]: ...
 

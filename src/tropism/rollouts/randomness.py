@@ -13,8 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 Words = npt.NDArray[np.uint64]
-Purpose = Literal["training", "evaluation", "checks", "generate"]
-PURPOSES: dict[Purpose, int] = {"training": 1, "evaluation": 2, "checks": 3, "generate": 4}
+Purpose = Literal["training", "evaluation", "checks", "generate", "targets", "dropout"]
+PURPOSES: dict[Purpose, int] = {
+    "training": 1,
+    "evaluation": 2,
+    "checks": 3,
+    "generate": 4,
+    "targets": 5,
+    "dropout": 6,
+}
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)

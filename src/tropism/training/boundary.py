@@ -27,7 +27,7 @@ class Boundary:
     state: dict[str, Any]
     """JSON-able, and a copy."""
     batch: Mapping[str, Tensor]
-    """The batch in use."""
+    """What the source holds: the batch in use, or the pool."""
     trained: Named | None
     """Weights and moments themselves, not copies: they stay as they are until the next update. None where they are
     sharded, and are gathered to be saved."""
@@ -88,7 +88,7 @@ class BoundarySaver:
     def _write(self, boundary: Boundary, trained: Named) -> None:
         where = self.folder / "checkpoints"
         path = where / checkpoint_name(steps=boundary.steps, updates=boundary.updates)
-        step = boundary.state["counts"]["steps"] + bool(boundary.batch)
+        step = boundary.state["counts"]["steps"] + boundary.state["source"]["collecting"]
         if self.processes.is_main:
             flush_logs(self.folder)
         self._write_finite(path, boundary.checkpoint(trained), where=f"update {boundary.updates} (step {step})")

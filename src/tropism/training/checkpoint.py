@@ -47,6 +47,11 @@ class Checkpoint:
     tensors: Mapping[str, Mapping[str, Tensor]]
     """File name (without ending) -> named tensors."""
 
+    @property
+    def collecting(self) -> bool:
+        """Whether the run stood in the middle of a step, with what that step had collected."""
+        return bool(self.state["source"]["collecting"])
+
 
 # Writing -------------------------------------------------------------------------------------------------------------
 

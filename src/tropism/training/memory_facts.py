@@ -167,31 +167,31 @@ def rows_of(items: Sequence[Any], config: Any, sampling: Any, *, prompts_per_ste
     """Rows of a method that samples (every completion taken to be as long as it may be), or of one that learns texts.
 
     Args:
-        items: the prompts of the data, or its demonstrations.
+        items: the prompts of the data, or its texts.
         config: the method's. sampling: how it samples.
         held_out: prompts that evaluation answers, one completion each.
     """
-    if not config.on_policy:
-        return _rows_of_demonstrations(items, prompts_per_step)
+    if config.reads != "prompts":
+        return _rows_of_texts(items, prompts_per_step)
     lengths, new = [len(prompt.ids) for prompt in items], sampling.max_new_tokens
-    completions = prompts_per_step * config.group_size
+    size = config.step_size(prompts_per_step, len(items))
     mean, longest = sum(lengths) / len(lengths), max(lengths)
     return Rows(
-        count=config.minibatch_size or completions,
+        count=size.batch,
         mean_tokens=mean + new,
         longest_tokens=longest + new,
         trained_share=new / (mean + new),
-        sampled=max(completions, held_out),
-        prompts=max(prompts_per_step, held_out),
+        sampled=max(size.completions, held_out),
+        prompts=max(size.prompts, held_out),
         longest_prompt=longest,
         max_new_tokens=new,
         sampling_batch_size=sampling.batch_size,
     )
 
 
-def _rows_of_demonstrations(demonstrations: Sequence[Any], batch_size: int) -> Rows:
-    lengths = [len(item.prompt_ids) + len(item.completion_ids) for item in demonstrations]
-    learned = sum(sum(item.loss_mask) for item in demonstrations)
+def _rows_of_texts(texts: Sequence[Any], batch_size: int) -> Rows:
+    lengths = [len(text.prompt_ids) + len(text.completion_ids) for text in texts]
+    learned = sum(len(text.completion_ids) for text in texts)
     return Rows(
         count=batch_size,
         mean_tokens=sum(lengths) / len(lengths),

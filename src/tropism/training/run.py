@@ -117,7 +117,7 @@ class Run:
                 if resumed is None or resumed.state["step_ended"]:
                     self._end_of_step()
                 if not self._worn_out:  # or a run that patience had stopped would go on when it is resumed
-                    self._begin_step(whole=resumed is None or not resumed.tensors["batch"])
+                    self._begin_step(whole=resumed is None or not resumed.collecting)
                     self.trainer.fit(total_steps)
                 number = self.processes.signal_anywhere()
                 if number is not None:
@@ -265,14 +265,7 @@ class Run:
         for message in self.monitor.check(collected.metrics):
             self._warn(message)
         if self.processes.is_main:
-            batch = collected.batch
-            columns = {
-                "advantage": (
-                    (batch.advantages * batch.loss_mask).sum(-1) / batch.loss_mask.sum(-1).clamp(min=1)
-                ).tolist(),
-                "sequence_kl": ((batch.old_logprobs - batch.ref_logprobs) * batch.completion_mask).sum(-1).tolist(),
-            }
-            self.folder.write_rollouts(collected.step, collected.inputs, collected.rewards, columns)
+            self.folder.write_rollouts(collected.step, collected.inputs, collected.rewards, collected.columns)
 
     # Parts -----------------------------------------------------------------------------------------------------------
 
@@ -388,10 +381,10 @@ class Run:
     def _restore(self, checkpoint: Checkpoint) -> None:
         """``take_up``, and forget what the run folder holds of later."""
         self.take_up(checkpoint)
-        state, tensors = checkpoint.state, checkpoint.tensors
+        state = checkpoint.state
         if self.processes.is_main:
             # The rollouts of the step in progress are written, its evaluation is not.
-            collected = self.trainer.counts.collects + bool(tensors["batch"])
+            collected = self.trainer.counts.collects + checkpoint.collecting
             for message in self.folder.cut_back(
                 state["logs"], collected=collected, evaluated=self.trainer.counts.steps
             ):

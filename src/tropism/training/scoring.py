@@ -1,4 +1,4 @@
-"""Log-probs and values of whole rollout batches, without gradients, in micro-batches, shared among processes."""
+"""What a model says of whole rollout batches, without gradients, in micro-batches, shared among processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ModelScorer:
     """A policy (or its reference) as a ``Scorer``.
 
     Args:
-        active: enters the model to score with, e.g. ``Reference.active``; called once per batch.
+        active: enters the model to score with, e.g. ``Reference.active``.
     """
 
     def __init__(
@@ -43,6 +43,12 @@ class ModelScorer:
         shape = tokens.completion_ids.shape
         filled = self._fill(tokens, {"values": shape, "bootstrap_values": shape[:1]}, 1.0)
         return filled["values"], filled["bootstrap_values"]
+
+    def hidden_states(self, tokens: Tokens) -> Tensor:
+        """[B, T, H] what the vocabulary projection reads to predict each completion token, on the CPU."""
+        with self.active() as policy:
+            width: int = policy.hidden_size
+        return self._fill(tokens, {"hidden": (*tokens.completion_ids.shape, width)}, 1.0)["hidden"]
 
     @torch.no_grad()
     def _fill(self, tokens: Tokens, shapes: dict[str, tuple[int, ...]], temperature: float) -> dict[str, Tensor]:
@@ -80,7 +86,7 @@ def _put(result: Tensor, rows: Tensor, value: Tensor) -> None:
     """Write the rows of a micro-batch, which may be narrower."""
     if not len(rows):
         return
-    if value.dim() == 2:
+    if value.dim() >= 2:
         result[rows, : value.shape[1]] = value
     else:
         result[rows] = value

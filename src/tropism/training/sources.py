@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,23 +14,11 @@ from tropism.data.demonstrations import Demonstration, collate_demonstrations
 from tropism.data.order import PromptStream, epoch_order
 from tropism.errors import ConfigError
 from tropism.ops import kl_k1
-from tropism.rewards import RewardHarness
-from tropism.rollouts.config import Sampling
-from tropism.rollouts.protocol import Sampler
-from tropism.rollouts.randomness import StreamKey
 from tropism.training.correction import sampling_correction
 from tropism.training.finite import require_finite
-from tropism.training.processes import Processes
+from tropism.training.rollout_maker import RolloutMaker
 from tropism.training.stopwatch import Stopwatch
 from tropism.types import Batch, Metrics, PolicyBatch, Prompt, RewardBatch, RewardInputs, Rollouts, Tokens
-
-
-class Transcribe(Protocol):
-    """Rollouts as reward functions see them: text, ids, finish reasons and columns."""
-
-    def __call__(
-        self, rollouts: Rollouts, prompts: Sequence[Prompt], trainer_state: Mapping[str, int]
-    ) -> RewardInputs: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +29,21 @@ class Collected:
     rollouts: Rollouts
     inputs: RewardInputs
     rewards: RewardBatch
-    batch: PolicyBatch
+    batch: PolicyBatch | None
+    """What the method made of them; None where they went into a pool."""
     metrics: Metrics
     timings: Metrics
+
+    @property
+    def columns(self) -> dict[str, list[float]]:
+        """What is known of each completion beside its rewards."""
+        if self.batch is None:
+            return {}
+        trained = self.batch.loss_mask.sum(-1).clamp(min=1)
+        return {
+            "advantage": ((self.batch.advantages * self.batch.loss_mask).sum(-1) / trained).tolist(),
+            "sequence_kl": _sequence_kls(self.batch).tolist(),
+        }
 
 
 class TimedScorer:
@@ -60,6 +60,10 @@ class TimedScorer:
         with self.watch.measure("logprobs"):
             return self.scorer.values(tokens)
 
+    def hidden_states(self, tokens: Tokens) -> Tensor:
+        with self.watch.measure("logprobs"):
+            return self.scorer.hidden_states(tokens)
+
 
 class RolloutSource:
     """Samples completions, scores them, lets the method make a batch, and yields its minibatches epoch by epoch.
@@ -73,27 +77,20 @@ class RolloutSource:
         algorithm: OnPolicyAlgorithm[Any],
         prompts: Sequence[Prompt],
         prompts_per_step: int,
-        sampler: Sampler,
-        sampling: Sampling,
-        harness: RewardHarness,
-        transcribe: Transcribe,
-        policy: Any,
+        maker: RolloutMaker,
         scorer: Scorer,
         reference: Scorer | None,
-        processes: Processes,
-        seed: int,
         total_steps: int,
         recompute_logprobs: bool,
         importance_cap: float | None,
         on_collect: Callable[[Collected], None],
     ) -> None:
-        self.algorithm, self.sampler, self.sampling = algorithm, sampler, sampling
-        self.harness, self.transcribe, self.processes = harness, transcribe, processes
-        self.policy, self.scorer, self.reference = policy, scorer, reference
-        self.prompts_per_step, self.seed, self.total_steps = prompts_per_step, seed, total_steps
+        self.algorithm, self.maker = algorithm, maker
+        self.scorer, self.reference = scorer, reference
+        self.prompts_per_step, self.total_steps = prompts_per_step, total_steps
         self.recompute_logprobs, self.importance_cap = recompute_logprobs, importance_cap
         self.on_collect = on_collect
-        self.stream = PromptStream(prompts, seed=seed)
+        self.stream = PromptStream(prompts, seed=maker.seed)
         self.collects = 0
         self.batch: PolicyBatch | None = None
         self.cursor = 0
@@ -118,15 +115,16 @@ class RolloutSource:
     def collect(self, policy: Any) -> Iterator[Batch]:
         """The remaining minibatches of the collect in progress, or all of a new one."""
         if self.batch is None:
-            stream, moments = self.stream.state_dict(), self.harness.state_dict()
+            stream, moments = self.stream.state_dict(), self.maker.harness.state_dict()
             try:
                 collected = self._collect_anew()
             except BaseException:  # interrupted or failed: as if this collect had not begun
                 self.stream.load_state_dict(stream)
-                self.harness.load_state_dict(moments)
+                self.maker.harness.load_state_dict(moments)
                 raise
             self.batch, self.cursor = collected.batch, 0
             self.on_collect(collected)
+        assert self.batch is not None
         per_epoch = len(self.batch) // self.minibatch_size
         while not self.done:
             epoch, place = divmod(self.cursor, per_epoch)
@@ -138,7 +136,7 @@ class RolloutSource:
         assert self.batch is not None
         if self.minibatch_size == len(self.batch):
             return torch.arange(len(self.batch))
-        return torch.tensor(epoch_order(len(self.batch), seed=self.seed, epoch=self.collects * 1000 + epoch))
+        return torch.tensor(epoch_order(len(self.batch), seed=self.maker.seed, epoch=self.collects * 1000 + epoch))
 
     def finish(self) -> CollectStats:
         """Forget the batch; the next ``collect`` samples anew."""
@@ -158,11 +156,11 @@ class RolloutSource:
         group = self.algorithm.config.group_size
         with watch.measure("rollout"):
             prompts = [prompt for _, prompt in self.stream.take(self.prompts_per_step)]
-            rollouts = self._sample(prompts)
+            rollouts = self.maker.sample(prompts, group, collect=self.collects)
         state = {"step": self.collects, "total_steps": self.total_steps}
         per_row = [prompt for prompt in prompts for _ in range(group)]
         with watch.measure("reward"):
-            inputs, rewards = self._score(rollouts, per_row, state)
+            inputs, rewards = self.maker.score(rollouts, per_row, state)
         with watch.measure("make_batch"):
             rollouts, batch, metrics = self._make_batch(rollouts, rewards, watch)
         rollout_seconds = watch.take("rollout")
@@ -224,41 +222,14 @@ class RolloutSource:
             batch = replace(batch, importance_weights=weights)
         return rollouts, batch, metrics
 
-    def _sample(self, prompts: Sequence[Prompt]) -> Rollouts:
-        """Completions of all prompts on every process; each process samples its share."""
-        group = self.algorithm.config.group_size
-        first, mine = self.processes.share(prompts)
-        key = StreamKey(seed=self.seed, purpose="training", collect=self.collects)
-
-        def sample() -> list[Rollouts]:
-            if not mine:
-                return []
-            with self.processes.accelerator.autocast():
-                own = self.sampler.generate(self.policy, mine, self.sampling, group, key=key, first_index=first * group)
-            return [own.to("cpu")]
-
-        with self.processes.entered(self.policy.whole()):
-            parts = self.processes.together(sample)
-        return Rollouts.concat([rollouts for part in parts for rollouts in part])
-
-    def _score(
-        self, rollouts: Rollouts, prompts: Sequence[Prompt], state: Mapping[str, int]
-    ) -> tuple[RewardInputs, RewardBatch]:
-        """Each process scores its share of the completions; all combine the same raw rewards."""
-        inputs = self.transcribe(rollouts, prompts, state)
-        first, mine = self.processes.share(range(len(rollouts)))
-        own = inputs.rows(first, first + len(mine))
-        parts = self.processes.together(lambda: self.harness.evaluate(own, first_row=first))
-        merged = type(parts[0]).concat(parts)
-        return inputs, self.harness.combine(merged, rollouts.completion_lengths, rollouts.completion_ids.shape[1])
-
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON-able values, and the tensors of the batch in use."""
         values: dict[str, Any] = {
             "stream": self.stream.state_dict(),
             "collects": self.collects,
+            "collecting": self.batch is not None,
             "cursor": self.cursor,
-            "rewards": self.harness.state_dict(),
+            "rewards": self.maker.harness.state_dict(),
             "batch": None,
         }
         if self.batch is None:
@@ -270,33 +241,41 @@ class RolloutSource:
     def load_state_dict(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self.stream.load_state_dict(values["stream"])
         self.collects, self.cursor = int(values["collects"]), int(values["cursor"])
-        self.harness.load_state_dict(values["rewards"])
+        self.maker.harness.load_state_dict(values["rewards"])
         fields_of_batch: dict[str, Any] = {**tensors, **(values["batch"] or {})}
         self.batch = None if values["batch"] is None else PolicyBatch(**fields_of_batch)
 
 
+def _sequence_kls(batch: PolicyBatch) -> Tensor:
+    """[B]."""
+    return (kl_k1(batch.old_logprobs, batch.ref_logprobs) * batch.completion_mask).sum(-1)
+
+
 def _sequence_kl(batch: PolicyBatch) -> float:
-    kl = (kl_k1(batch.old_logprobs, batch.ref_logprobs) * batch.completion_mask).sum(-1)
-    return float(kl.mean())
+    return float(_sequence_kls(batch).mean())
 
 
-def collect_metrics(rollouts: Rollouts, rewards: RewardBatch, batch: PolicyBatch, group_size: int) -> Metrics:
-    """What is logged about one collect."""
-    groups = rewards.totals.view(-1, group_size)
+def rollout_metrics(rollouts: Rollouts, rewards: RewardBatch) -> Metrics:
+    """What is logged about the completions of one collect, whatever is made of them."""
     lengths = rollouts.completion_lengths.float()
     distinct = {
         tuple(row[:n].tolist()) for row, n in zip(rollouts.completion_ids, rollouts.completion_lengths, strict=True)
     }
-    metrics: Metrics = {
+    return {
         "rollout/length_mean": float(lengths.mean()),
         "rollout/tokens": float(lengths.sum()),
         "rollout/eos_fraction": sum(reason == "eos" for reason in rollouts.finish_reasons) / len(rollouts),
         "rollout/truncated_fraction": float(rollouts.truncated.float().mean()),
         "rollout/empty_fraction": float((rollouts.completion_lengths <= 1).float().mean()),
         "rollout/distinct": len(distinct) / len(rollouts),
-        "policy/sequence_kl": _sequence_kl(batch),
         **rewards.metrics,
     }
+
+
+def collect_metrics(rollouts: Rollouts, rewards: RewardBatch, batch: PolicyBatch, group_size: int) -> Metrics:
+    """What is logged about one collect."""
+    groups = rewards.totals.view(-1, group_size)
+    metrics = {**rollout_metrics(rollouts, rewards), "policy/sequence_kl": _sequence_kl(batch)}
     if group_size > 1:
         metrics["reward/zero_variance_groups"] = float((groups.amax(1) == groups.amin(1)).float().mean())
     return metrics
@@ -305,14 +284,14 @@ def collect_metrics(rollouts: Rollouts, rewards: RewardBatch, batch: PolicyBatch
 class DemonstrationSource:
     """Batches of demonstrations, in a new keyed order every epoch. One batch is one step."""
 
+    done = True
+
     def __init__(
         self, demonstrations: Sequence[Demonstration], *, batch_size: int, seed: int, shuffle: bool = True
     ) -> None:
         self.stream = PromptStream(demonstrations, seed=seed, shuffle=shuffle)
         self.batch_size = batch_size
         self.seen = CollectStats(samples=0, tokens=0)
-
-    done = True
 
     def collect(self, policy: Any) -> Iterator[Batch]:
         items = [item for _, item in self.stream.take(self.batch_size)]
@@ -325,7 +304,7 @@ class DemonstrationSource:
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON-able values, and no tensors."""
-        return {"stream": self.stream.state_dict()}, {}
+        return {"stream": self.stream.state_dict(), "collecting": False}, {}
 
     def load_state_dict(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self.stream.load_state_dict(values["stream"])

@@ -1,0 +1,216 @@
+"""tropism score DATA --reward NAME --out FILE"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from tropism.commands.console import console, tell
+from tropism.data.config import DataConfig
+from tropism.errors import ConfigError
+from tropism.schema import apply_overrides, build, read_yaml
+
+if TYPE_CHECKING:
+    from tropism.scoring import ScoreResult
+
+DATA = (
+    *("prompt_column", "completion_column", "first_words", "template", "system_prompt", "chat"),
+    *("limit", "split", "subset", "revision"),
+)
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
+WITH_MODEL = ("n", "seed", "device", *SAMPLING)
+"""Options that mean nothing without --model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write a data set with the reward of each record, or with rewarded completions of a model (--model).
+
+    Arguments of a reward follow it: --reward length --reward.args.target 20 --reward.args.unit words
+    """
+
+    data: tyro.conf.Positional[str]
+    """A file (.txt, .jsonl, .json, .csv, .tsv, also .gz; .parquet), a saved data set, or a hub id."""
+    out: Path
+    """The .jsonl or .parquet file to write. It appears once it is whole; the same command goes on where it stopped."""
+    reward: str | None = None
+    """A registered reward, or file.py:function with --allow-code."""
+    reward_file: Path | None = None
+    """A YAML file with the reward, as a recipe has it under `reward`; in place of --reward."""
+    reward_column: str = "reward"
+    """Name of the new column."""
+    term_columns: bool = False
+    """Add a column for each term of the reward; always so where there are several."""
+    drop_unscored: bool = False
+    """Leave out records on which the reward has no opinion, in place of writing null."""
+    prompt_column: str | None = None
+    """Column with the prompt, the text or the chat messages."""
+    completion_column: str | None = None
+    """Column with the completion. Default: `completion`, where there is one; else the whole text is scored."""
+    first_words: int | None = None
+    """Take the first so many words of each text for its prompt, and score the rest."""
+    template: str | None = None
+    """The prompt with a column's name in braces wherever its value goes."""
+    system_prompt: str | None = None
+    """System message put before every chat that has none of its own."""
+    chat: bool = False
+    """Send text prompts as a user's message."""
+    limit: int | None = None
+    """Use at most so many records, from the front."""
+    split: str = "train"
+    """Split of a saved or hub data set."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    revision: str | None = None
+    """Commit, branch or tag of a hub data set."""
+    batch_size: int = 64
+    """Completions that are scored (and sampled) at once."""
+    tokenizer: str | None = None
+    """Model whose tokens rewards count that ask for them, such as length in tokens."""
+    allow_code: bool = False
+    """Let the reward name code: module:function or file.py:function."""
+    overwrite: bool = False
+    """Replace a file that is there."""
+    model: str | None = None
+    """Sample completions of each prompt from this run folder, model folder, .gguf file, hub id or "demo"."""
+    n: int = 4
+    """Completions per prompt."""
+    max_new_tokens: int = 48
+    """Most tokens of a completion."""
+    temperature: float = 1.0
+    """Logits are divided by it; 0 takes the most likely token."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with at least this probability."""
+    min_p: float = 0.0
+    """Keep tokens with at least this share of the most likely token's probability."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that were there already less likely."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion."""
+    seed: int = 0
+    """Equal seeds give equal completions."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Score, show how far it is, and say what was written."""
+    options, overrides = _options(arguments)
+    reward = _reward(options, overrides)
+    data = build(DataConfig, {"path": options.data, **{name: getattr(options, name) for name in DATA}})
+    if options.model is None:
+        _refuse_without_model(options)
+    from tropism.commands.quiet import quieten_libraries
+    from tropism.generation import TextPolicy
+    from tropism.rollouts.config import Sampling
+    from tropism.scored_file import ScoredFile
+    from tropism.scoring import score
+
+    ScoredFile(options.out, overwrite=options.overwrite)  # looked at before a model is loaded
+    sampling = build(Sampling, {name: getattr(options, name) for name in SAMPLING})
+    quieten_libraries()
+    policy = None if options.model is None else TextPolicy.load(options.model, device=options.device)
+    with _progress() as show:
+        result = score(
+            data,
+            reward,
+            out=options.out,
+            reward_column=options.reward_column,
+            term_columns=options.term_columns,
+            batch_size=options.batch_size,
+            tokenizer=options.tokenizer,
+            model=policy,
+            n=options.n,
+            sampling=sampling,
+            seed=options.seed,
+            drop_unscored=options.drop_unscored,
+            overwrite=options.overwrite,
+            allow_code=options.allow_code,
+            on_progress=show,
+        )
+    _show_end(result)
+
+
+def _options(arguments: Sequence[str]) -> tuple[Options, list[str]]:
+    """The options, and what is set of the reward: ``--reward.args.target 20``."""
+    settings: dict[str, Any] = {
+        "args": arguments,
+        "prog": "tropism score",
+        "description": Options.__doc__,
+        "config": (tyro.conf.FlagCreatePairsOff,),
+    }
+    options, unknown = tyro.cli(Options, **settings, return_unknown_args=True)
+    if unknown and not unknown[0].startswith("--reward."):
+        tyro.cli(Options, **settings)  # says which option there is not, and ends
+    return options, unknown
+
+
+def _reward(options: Options, overrides: Sequence[str]) -> Any:
+    """The reward as a recipe has it."""
+    if (options.reward is None) == (options.reward_file is None):
+        raise ConfigError("say what to score by: --reward NAME, or --reward-file FILE.yaml (one of them)")
+    reward: Any = options.reward
+    if options.reward_file is not None:
+        reward = read_yaml(options.reward_file)
+        reward = reward.get("reward", reward) if not {"terms", "use"} & set(reward) else reward
+    if not overrides:
+        return reward
+    merged = apply_overrides({"reward": {"use": reward} if isinstance(reward, str) else reward}, overrides)
+    beyond = sorted(set(merged) - {"reward"})
+    if beyond:
+        raise ConfigError(f"there is no option --{beyond[0]}; arguments of the reward are set by --reward.args.NAME")
+    return merged["reward"]
+
+
+def _refuse_without_model(options: Options) -> None:
+    defaults = {f.name: f.default for f in fields(Options)}
+    for name in WITH_MODEL:
+        if getattr(options, name) != defaults[name]:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option} is for sampling completions; name what to sample from: --model MODEL")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, nothing elsewhere; an interrupt says how to go on."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    out = console(stderr=True)
+    live = out.is_terminal and "CI" not in os.environ
+    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
+    progress = Progress(*columns, console=out, disable=not live)
+    task = progress.add_task("scoring", total=None)
+    reached: tuple[int, int] | None = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal reached
+        reached = (done, total)
+        progress.update(task, completed=done, total=total)
+
+    try:
+        with progress:
+            yield show
+    except KeyboardInterrupt:
+        if reached is not None:
+            tell(f"{reached[0]} of {reached[1]} records are scored and kept; the same command goes on there")
+        raise
+
+
+def _show_end(result: ScoreResult) -> None:
+    out = console()
+    rewards = result.rewards
+    if rewards:
+        mean = result.mean
+        deviation = (sum((reward - mean) ** 2 for reward in rewards) / len(rewards)) ** 0.5
+        spread = f"standard deviation {deviation:.4g}, from {min(rewards):.4g} to {max(rewards):.4g}"
+        out.print(f"reward: mean {mean:.4g}, {spread}", soft_wrap=True)
+    dropped = f", {result.unscored} without a reward left out" if result.dropped and result.unscored else ""
+    out.print(f"written: {result.path} ({result.records} records{dropped})", soft_wrap=True)

@@ -1,0 +1,123 @@
+"""Scored texts: prompts with completions and the rewards that were given to them."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from decimal import Decimal
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from tropism.data.columns import value_of
+from tropism.data.config import DataConfig
+from tropism.data.demonstrations import EncodedText, encoded_texts
+from tropism.data.files import listed, shown
+from tropism.data.readers import Record
+from tropism.errors import DataError
+from tropism.types import ScoredText
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FINISH_REASON = "finish_reason"
+"""The column in which ``tropism score --model`` writes how a completion ended; ``length`` means that it was cut."""
+
+_LARGEST = 3.4028234663852886e38
+"""Of float32, in which models are told of rewards."""
+
+
+def make_scored(
+    source: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig | None = None,
+    *,
+    targets: Sequence[str],
+    max_length: int | None,
+) -> list[ScoredText]:
+    """Texts with their rewards, from records as those of demonstrations with one column of numbers per target.
+
+    Of a plain text every token is learned, the first one too, since what asks for a reward stands before it; its prompt
+    is the BOS alone, or nothing. One eos ends every plain text, unless the column ``finish_reason`` says ``length``;
+    the chat template ends chats.
+
+    Args:
+        source: ``DataConfig`` or anything else that ``read_records`` takes.
+        tokenizer: of the model.
+        config: how records become text; default: ``source`` itself, if it is a ``DataConfig``.
+        targets: the columns with the rewards; ``a.b`` reaches into nested records.
+        max_length: most tokens of prompt and completion; what is longer loses its end (and has no eos then), and is
+            left out and counted where the prompt alone fills it. None: any length.
+
+    Raises:
+        DataError: names the file and line or the record, and the column; or the target whose rewards are all equal.
+    """
+    texts = encoded_texts(source, tokenizer, config, max_length=max_length, shortest_prompt=0, called="scored texts")
+    scored = [
+        ScoredText(
+            prompt_ids=text.ids[: text.start],
+            completion_ids=_completion(text, tokenizer.eos_token_id),
+            rewards=tuple(_reward(text.record, target) for target in targets),
+        )
+        for text in texts
+    ]
+    for index, target in enumerate(targets):
+        _refuse_equal(target, [text.rewards[index] for text in scored])
+    return scored
+
+
+def _completion(text: EncodedText, eos: Any) -> tuple[int, ...]:
+    """What is learned. A completion that was cut while it was sampled did not end there, so no eos follows it."""
+    completion = text.ids[text.start :]
+    if text.record.columns.get(FINISH_REASON) == "length" and len(completion) > 1 and completion[-1] == eos:
+        return completion[:-1]
+    return completion
+
+
+def _reward(record: Record, target: str) -> float:
+    """The number in the column of a target."""
+    value = _number_of(record, target)
+    where = f"{record.where}: the column {target!r}"
+    if isinstance(value, str):
+        raise DataError(
+            f"{where} holds the text {shown(value)}; store the reward as a number, without quotes (tables such as .csv"
+            " hold text only: use .jsonl or .parquet)"
+        )
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | Decimal):
+        raise DataError(f"{where} is {type(value).__name__} {shown(value)}, not a number; store the reward there")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    except ValueError:  # a signalling NaN of decimal
+        number = math.nan
+    if math.isnan(number):
+        raise DataError(f"{where} is NaN; leave the record out, or score it again")
+    if abs(number) > _LARGEST:
+        raise DataError(f"{where} is {shown(value)}, too large for a reward; give numbers of a sane size")
+    return number
+
+
+def _number_of(record: Record, target: str) -> Any:
+    """What the column of a target holds, unless there is none or nothing in it."""
+    if target.split(".")[0] not in record.columns and target not in record.columns:
+        near = get_close_matches(target, record.columns, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ";"
+        raise DataError(
+            f"{record.where}: there is no column {target!r} with a reward{hint} there are: {listed(record.columns)}."
+            " Name the rewards in `targets`, or score the data first: tropism score DATA --reward NAME --out FILE"
+        )
+    if record.columns.get(target, "") is None:
+        raise DataError(
+            f"{record.where}: the column {target!r} is null, so the text has no reward; leave such records out"
+            " (tropism score --drop-unscored does)"
+        )
+    return value_of(record, target)
+
+
+def _refuse_equal(target: str, rewards: Sequence[float]) -> None:
+    if min(rewards) == max(rewards):
+        raise DataError(
+            f"all {len(rewards)} rewards of {target!r} are {rewards[0]:g}, so there is nothing to ask for: give texts"
+            " that differ in it, or take it out of `targets`"
+        )

@@ -1,0 +1,68 @@
+"""Reward slots as token ids: a number below 0 that says which reward is asked for, and how much of it.
+
+A slot stands in a prompt like any token: it has a position, it is in the KV cache, it fills the context. So everything
+that treats rows of ids (padding, sharing of prompts, caches, batches, checkpoints) treats slots, too; only the model's
+input embedding has to know them. The value is held to the bit of a float32.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+ABSENT = 1 << 32
+"""The bit of a slot whose reward is not asked for."""
+MOST_SLOTS = 1 << 20
+"""Rewards that can be told apart."""
+
+
+def slot_id(reward: int, value: float | None) -> int:
+    """The id of a slot.
+
+    Args:
+        reward: number of the reward, from 0.
+        value: what is asked for, as the model is told it; None where this reward is left open.
+
+    Raises:
+        ValueError: the value is not finite, also as a float32, or there is no such reward.
+    """
+    if not 0 <= reward < MOST_SLOTS:
+        raise ValueError(f"a reward has a number from 0 to {MOST_SLOTS - 1}, not {reward}")
+    head = reward << 33
+    if value is None:
+        return -1 - (head | ABSENT)
+    try:
+        bits: int | None = struct.unpack("<I", struct.pack("<f", value))[0]
+    except OverflowError:
+        bits = None
+    if bits is None or not math.isfinite(value):
+        raise ValueError(f"a slot holds a finite float32, not {value}")
+    return -1 - (head | bits)
+
+
+def without_slots(ids: Sequence[int]) -> Sequence[int]:
+    """The ids after the slots, which stand in front."""
+    first = 0
+    while first < len(ids) and ids[first] < 0:
+        first += 1
+    return ids[first:] if first else ids
+
+
+def read_slots(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What slots say.
+
+    Args:
+        ids: [N] all below 0.
+
+    Returns:
+        [N] numbers of the rewards, [N] float32 values (0 where left open), and [N] bool: left open.
+    """
+    code = -1 - ids
+    low = code & 0xFFFFFFFF
+    bits = torch.where(low >= 1 << 31, low - (1 << 32), low).to(torch.int32)
+    absent = (code & ABSENT) != 0
+    return code >> 33, bits.view(torch.float32).masked_fill(absent, 0.0), absent

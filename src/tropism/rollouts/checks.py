@@ -1,0 +1,46 @@
+"""What a sampler refuses before it computes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tropism.errors import ConfigError
+from tropism.ops.slots import without_slots
+from tropism.rollouts.config import Sampling
+
+
+def check_context(prefixes: Sequence[tuple[tuple[int, ...], ...]], sampling: Sampling, limit: int | None) -> None:
+    """Whether every prompt has tokens, and room for its completion.
+
+    Raises:
+        ConfigError: names the first that has not.
+    """
+    for index, prefix in enumerate(prefixes):
+        longest = max(len(ids) for ids in prefix)
+        if min(len(ids) for ids in prefix) == 0:
+            raise ConfigError(f"prompt {index} has no tokens; the model needs at least one to start from")
+        if limit is not None and longest + sampling.max_new_tokens > limit:
+            raise ConfigError(
+                f"prompt {index} has {longest} tokens; with max_new_tokens={sampling.max_new_tokens} that exceeds the "
+                f"model's context of {limit}: shorten the prompt or lower sampling.max_new_tokens"
+            )
+
+
+def check_ids(
+    prefixes: Sequence[tuple[tuple[int, ...], ...]], sampling: Sampling, vocabulary: int, *, slots: bool
+) -> None:
+    """Whether the model has an embedding for every id.
+
+    Args:
+        slots: whether reward slots may stand in front of a prompt.
+
+    Raises:
+        ConfigError: names the first prompt with an id of its own.
+    """
+    places = {
+        f"prompt {index}": [i for ids in prefix for i in (without_slots(ids) if slots else ids)]
+        for index, prefix in enumerate(prefixes)
+    }
+    for place, ids in {**places, "sampling.stop_token_ids": sampling.stop_token_ids}.items():
+        if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+            raise ConfigError(f"{place} names a token beyond the model's vocabulary, the ids 0 to {vocabulary - 1}")
