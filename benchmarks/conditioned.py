@@ -42,9 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     for name, values in seconds.items():
         spread = f"{min(values):.3f} to {max(values):.3f} s"
         print(f"{name:<12} median {medians[name]:.3f} s a step ({spread})")
-    print(
-        f"conditioned takes {ratio:.3f} of the steps per second of sft ({options.rows} texts of {options.tokens} tokens)"
-    )
+    print(f"conditioned: {ratio:.3f} of the steps per second of sft ({options.rows} texts of {options.tokens} tokens)")
     result = {
         "command": f"python -m benchmarks {shlex.join(sys.argv[1:])}".strip(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),

@@ -18,7 +18,15 @@ import tropism
 from tropism.evaluation.statistics import paired_difference
 
 MECHANISMS = ("text", "token", "linear")
-PROMPTS = ("The film was", "I watched it and", "The actors", "Its ending", "The story", "My friend said it", "The music")
+PROMPTS = (
+    "The film was",
+    "I watched it and",
+    "The actors",
+    "Its ending",
+    "The story",
+    "My friend said it",
+    "The music",
+)
 HELD_OUT = ("This movie", "We saw it twice,", "The director", "In the first scene", "The whole cast", "What I liked")
 
 Table = list[dict[str, Any]]

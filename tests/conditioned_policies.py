@@ -36,6 +36,7 @@ def conditioned_policy(
     told = Conditioning(mechanism=mechanism, targets=tuple(targets), scaler="none", bins=5)
     conditioner = make_conditioner(told, loaded)
     conditioner.fit([[reward] * len(targets) for reward in REWARDS])
+    conditioner.knows_open = True
     if mechanism == "text":
         return TextPolicy(Policy(loaded.model), loaded, conditioner=conditioner)
     slots = slots_for(told, loaded)

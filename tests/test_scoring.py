@@ -11,12 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from conditioned_policies import conditioned_policy
 from tiny_models import tiny_model, tiny_tokenizer
 from tropism.data.config import DataConfig
 from tropism.errors import ConfigError, DataError, RewardError
 from tropism.generation import TextPolicy
+from tropism.models.policy import Policy
 from tropism.rollouts.config import Sampling
-from tropism.scoring import score
+from tropism.scoring import _Sampled, score
+from tropism.targets.config import Mechanism
 
 
 @pytest.fixture(autouse=True)
@@ -168,3 +171,63 @@ def test_progress_counts_records() -> None:
         on_progress=(lambda done, total: told.append((done, total))),
     )
     assert told == [(0, 7), (3, 7), (6, 7), (7, 7)]
+
+
+# ---- models that are asked for a reward ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mechanism", ["linear", "text"])
+def test_a_conditioned_model_is_asked_for_the_target(mechanism: Mechanism) -> None:
+    asked = conditioned_policy("llama", mechanism)
+    told: dict[float, list[str]] = {}
+    for target in (0.0, 1.0):
+        seen: list[list[str]] = []
+
+        def note(prompts: list[str], seen: list[list[str]] = seen) -> list[float]:
+            seen.append(prompts)
+            return [0.0] * len(prompts)
+
+        out = f"{target}.jsonl"
+        score(PROMPTS, note, out=out, model=asked, n=2, sampling=SHORT, seed=3, target_reward=target)
+        told[target] = [row["completion"] for row in read(out)]
+        texts = [str(row["prompt"]) for row in PROMPTS]
+        assert told[target] == asked.generate(texts, n=2, seed=3, max_new_tokens=5, target_reward=target)
+        assert [text for batch in seen for text in batch] == [text for text in texts for _ in range(2)]
+    left_open = asked.generate([str(row["prompt"]) for row in PROMPTS], n=2, seed=3, max_new_tokens=5)
+    assert left_open not in told.values()
+
+
+def test_whoever_is_to_be_asked_must_be_told_for_what(policy: TextPolicy) -> None:
+    asked = conditioned_policy()
+    assert asked.conditioner is not None
+    with pytest.raises(ConfigError, match=r"asked for a reward \(reward\); say for which: --target-reward reward=NUMB"):
+        score(PROMPTS, len, out="out.jsonl", model=asked, sampling=SHORT)
+    with pytest.raises(ConfigError, match="not trained to be asked for a reward"):
+        score(PROMPTS, len, out="out.jsonl", model=policy, sampling=SHORT, target_reward=1.0)
+    with pytest.raises(ConfigError, match="target_reward is what a model is asked for"):
+        score(PROMPTS, len, out="out.jsonl", target_reward=1.0)
+    with pytest.raises(ConfigError, match="knows no reward 'x'"):
+        score(PROMPTS, len, out="out.jsonl", model=asked, sampling=SHORT, target_reward={"x": 1.0})
+    asked.conditioner.default = 1.0  # as Quark sets it
+    score(PROMPTS, "vader", out="default.jsonl", model=asked, n=1, sampling=SHORT)
+    score(PROMPTS, "vader", out="asked.jsonl", model=asked, n=1, sampling=SHORT, target_reward=1.0)
+    assert Path("default.jsonl").read_bytes() == Path("asked.jsonl").read_bytes()
+
+
+def test_another_target_does_not_go_on_with_a_file() -> None:
+    asked = conditioned_policy("llama", "token")
+    options: dict[str, Any] = {"sampling": SHORT, "n": 1, "seed": 0}
+    low, high, same = (
+        _Sampled(PROMPTS, None, asked, **options, target_reward=target).identity for target in (0.0, 1.0, 0.0)
+    )
+    assert low == same != high
+
+
+def test_what_asks_takes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = conditioned_policy(targets=("one", "two"))
+    monkeypatch.setattr(Policy, "context_length", 5 + 2 + 5)
+    fits = _Sampled(["a cat"], None, asked, sampling=SHORT, n=1, seed=0, target_reward={"one": 1.0})
+    assert [len(prompt.ids) for prompt in fits.prompts] == [5] and [len(p.ids) for p in fits.asked] == [7]
+    monkeypatch.setattr(Policy, "context_length", 5 + 1 + 5)
+    with pytest.raises(DataError, match="at most 4 fit"):
+        _Sampled(["a cat"], None, asked, sampling=SHORT, n=1, seed=0, target_reward={"one": 1.0})

@@ -254,6 +254,7 @@ class Assembly:
             recipe.sampling,
             prompts_per_step=recipe.prompts_per_step,
             held_out=max((len(evaluation) for evaluation in self.run.evaluations), default=0),  # type: ignore[arg-type]
+            before=0 if self.conditioner is None else self.conditioner.width,
         )
         return memory_of_run(self.policy, self.reference, rows, recipe.trainer, self.processes)
 
@@ -262,6 +263,9 @@ class Assembly:
         self.memory.check(tell=self.processes.is_main)
         probe_slots(self.policy, self.conditioner)
         if self.maker is None:
+            return
+        if not self.prompts:
+            logger.warning("no text leaves room for a completion beside it, so the reward was not tried on any")
             return
         recipe, accelerator = self.recipe, self.processes.accelerator
         with self.policy.whole(), accelerator.autocast():

@@ -116,7 +116,8 @@ class TextPolicy:
         """
         items = [prompts] if isinstance(prompts, str) else list(prompts)
         sampling = replace(self.sampling, **changes)
-        self._check_asked(target_reward, guidance)
+        push = RewardGuidance(guidance)
+        self._check_asked(target_reward, guidance, guidance_from)
         plain = make_prompts(items, self.tokenizer, max_length=self._room(sampling))
         asked: Sequence[Prompt] = plain
         streams, used = None, list(filters)
@@ -125,21 +126,31 @@ class TextPolicy:
         if guidance and self.conditioner is not None:
             others = self.conditioner.condition(plain, {} if guidance_from is None else guidance_from)
             streams = [[prompt.ids] for prompt in others]
-            used.insert(0, RewardGuidance(guidance))
+            used.insert(0, push)
         key = StreamKey(seed=seed, purpose="generate")
         rollouts = self.sampler.generate(self.policy, asked, sampling, n, key=key, filters=used, streams=streams)
         per_row = [prompt for prompt in plain for _ in range(n)]
         texts = Transcriber(self.tokenizer, sampling.stop)(rollouts.to("cpu"), per_row).completions
         return [text if isinstance(text, str) else str(text[0]["content"]) for text in texts]
 
-    def _check_asked(self, target_reward: Targets | Sequence[Targets], guidance: float) -> None:
-        if self.conditioner is None and (target_reward is not None or guidance):
-            raise ConfigError(
-                "this model was not trained to be asked for a reward; train one with algorithm: conditioned, or leave "
-                "target_reward and guidance out"
-            )
-        if guidance and target_reward is None and self.conditioner is not None and self.conditioner.default is None:
-            raise ConfigError("guidance pushes towards target_reward; give one, or leave guidance out")
+    def _check_asked(self, target_reward: Targets | Sequence[Targets], guidance: float, guidance_from: Targets) -> None:
+        conditioner = self.conditioner
+        if guidance_from is not None and not guidance:
+            raise ConfigError("guidance_from says what guidance pushes away from; give guidance a strength, such as 1")
+        if conditioner is None:
+            if target_reward is not None or guidance:
+                raise ConfigError(
+                    "this model was not trained to be asked for a reward; train one with algorithm: conditioned, or "
+                    "leave target_reward and guidance out"
+                )
+        elif guidance:
+            if target_reward is None and conditioner.default is None:
+                raise ConfigError("guidance pushes towards target_reward; give one, or leave guidance out")
+            if guidance_from is None and not conditioner.knows_open:
+                raise ConfigError(
+                    "guidance pushes away from what the model says where its reward is left open, which this model has "
+                    "not learned (target_dropout was 0); give guidance_from, a low target"
+                )
 
     def _room(self, sampling: Sampling) -> int | None:
         """Most tokens of a prompt."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,7 +16,7 @@ from tropism.errors import ConfigError
 from tropism.evaluation.heldout import LossEvaluation, RewardEvaluation
 from tropism.models.loading import LoadedModel
 from tropism.models.policy import Policy
-from tropism.recipe_data import demonstrations_of, prompts_of, scored_of
+from tropism.recipe_data import Texts, demonstrations_of, prompts_of, scored_of
 from tropism.targets.conditioner import Conditioner
 from tropism.training.pool import PoolSource, ScoredSource
 from tropism.training.rollout_maker import RolloutMaker
@@ -24,6 +24,8 @@ from tropism.training.run import Evaluation
 from tropism.training.scoring import ModelScorer
 from tropism.training.sources import Collected, DemonstrationSource, RolloutSource
 from tropism.types import Batch, Prompt, ScoredText
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -47,7 +49,8 @@ class RecipeSource:
     on_collect: Callable[[Collected], None]
 
     prompts: Sequence[Prompt] = ()
-    """Prompts to sample completions of; none where the recipe samples nothing."""
+    """Prompts to sample completions of: those to train on, or of a method that learns texts the held-out ones, or else
+    those of its texts that leave room; none where the recipe has no reward."""
     evaluations: list[Evaluation] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
     """Fingerprints of what each evaluation is about."""
@@ -64,7 +67,9 @@ class RecipeSource:
             return self._demonstrations()
         if reads == "scored":
             return self._scored()
-        self._read_prompts()
+        self.prompts, held_out = self._read_prompts()
+        if held_out:
+            self._evaluate_reward(held_out)
         return self._pool() if isinstance(self.algorithm, PoolAlgorithm) else self._rollouts()
 
     def _check_eval_target(self) -> None:
@@ -79,11 +84,24 @@ class RecipeSource:
 
     # Data ------------------------------------------------------------------------------------------------------------
 
-    def _read_prompts(self) -> None:
-        taken = 0 if self.conditioner is None else self.conditioner.width
-        self.prompts, held_out = prompts_of(
-            self.recipe, self.loaded.tokenizer, context_length=self.policy.context_length, taken=taken
+    def _read_prompts(self, texts: Texts[Any] | None = None) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+        return prompts_of(
+            self.recipe,
+            self.loaded.tokenizer,
+            context_length=self.policy.context_length,
+            taken=0 if self.conditioner is None else self.conditioner.width,
+            texts=texts,
+            leave_out=True,
         )
+
+    def _evaluate_texts(self, texts: Texts[T], collate: Callable[[Sequence[T]], Batch]) -> None:
+        """The loss of held-out texts, and the reward of completions of their prompts where the recipe has one."""
+        if texts.held_out:
+            self._hold_out(texts.held_out, LossEvaluation(texts.held_out, collate=collate, scorer=self.scorer))
+        if self.maker is None:
+            return
+        train, held_out = self._read_prompts(texts)
+        self.prompts = held_out or train
         if held_out:
             self._evaluate_reward(held_out)
 
@@ -151,23 +169,20 @@ class RecipeSource:
     def _scored(self) -> ScoredSource:
         recipe, conditioner = self.recipe, self.conditioner
         assert conditioner is not None
-        train, held_out = scored_of(
+        texts = scored_of(
             recipe,
             self.loaded.tokenizer,
             context_length=self.policy.context_length,
             taken=conditioner.width,
         )
         source = ScoredSource(
-            train,
+            texts.train,
             algorithm=self.algorithm,
             batch_size=recipe.prompts_per_step,
             reference=self.reference if recipe.algorithm.needs_reference else None,
             seed=recipe.seed,
         )
-        if held_out:
-            self._hold_out(held_out, LossEvaluation(held_out, collate=self._told, scorer=self.scorer))
-        if self.maker is not None:
-            self._read_prompts()
+        self._evaluate_texts(texts, self._told)
         return source
 
     def _told(self, texts: Sequence[ScoredText]) -> Batch:
@@ -179,13 +194,10 @@ class RecipeSource:
 
     def _demonstrations(self) -> DemonstrationSource:
         recipe = self.recipe
-        train, held_out = demonstrations_of(recipe, self.loaded.tokenizer, context_length=self.policy.context_length)
-        if held_out:
-            self._hold_out(held_out, LossEvaluation(held_out, collate=collate_demonstrations, scorer=self.scorer))
-        if self.maker is not None:
-            self._read_prompts()
+        texts = demonstrations_of(recipe, self.loaded.tokenizer, context_length=self.policy.context_length)
+        self._evaluate_texts(texts, collate_demonstrations)
         return DemonstrationSource(
-            train,
+            texts.train,
             batch_size=recipe.prompts_per_step,
             seed=recipe.seed,
             shuffle=recipe.algorithm.shuffle,  # type: ignore[attr-defined]

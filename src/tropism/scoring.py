@@ -34,7 +34,8 @@ from tropism.rollouts.config import Sampling
 from tropism.rollouts.randomness import StreamKey
 from tropism.rollouts.transcribe import Transcriber
 from tropism.scored_file import ScoredFile, require_json
-from tropism.types import RewardInputs
+from tropism.targets.conditioner import Conditioner, Targets
+from tropism.types import Prompt, RewardInputs
 
 logger = logging.getLogger("tropism")
 
@@ -78,6 +79,7 @@ def score(
     n: int = 4,
     sampling: Sampling | None = None,
     seed: int = 0,
+    target_reward: Targets = None,
     drop_unscored: bool = False,
     overwrite: bool = False,
     allow_code: bool = False,
@@ -99,6 +101,7 @@ def score(
         tokenizer: gives ids to rewards that ask for them: an object, or the name of its model. None: no ids.
         model: a ``TextPolicy`` or whatever it can be loaded from: ``n`` completions of each prompt are sampled by
             ``sampling`` and ``seed`` and written with their prompts. None: the texts of the data are scored.
+        target_reward: what a reward-conditioned model is asked for, or ``{"name": number}``; None: its own default.
         drop_unscored: leave out records on which the reward has no opinion, in place of a null.
         overwrite: replace a file that is there.
         allow_code: let the reward name code: ``module:function`` or ``file.py:function``.
@@ -110,15 +113,14 @@ def score(
     file = ScoredFile(out, overwrite=overwrite)
     rewards = RewardConfig.of(reward)
     config = data if config is None and isinstance(data, DataConfig) else config
+    _check_options(model, tokenizer, target_reward)
     terms = tuple(rewards.terms) if term_columns or len(rewards.terms) > 1 else ()
     with closing(RewardHarness(rewards, allow_code=allow_code)) as harness:
         texts: _Texts
         if model is None:
             texts = _Given(data, config, _tokenizer_for(harness, tokenizer))
-        elif tokenizer is None:
-            texts = _Sampled(data, config, model, sampling=sampling, n=n, seed=seed)
         else:
-            raise ConfigError("a model brings its own tokenizer; leave tokenizer out")
+            texts = _Sampled(data, config, model, sampling=sampling, n=n, seed=seed, target_reward=target_reward)
         labels = _Labels(texts, harness, reward_column, terms)
         labels.write(file, batch_size=batch_size, tell=on_progress or (lambda done, total: None))
     return _finish(file, texts, reward_column, drop=drop_unscored)
@@ -210,16 +212,30 @@ class _Sampled:
     names: tuple[str, ...] = ("prompt", "completion", FINISH_REASON)
 
     def __init__(
-        self, data: Any, config: DataConfig | None, model: Any, *, sampling: Sampling | None, n: int, seed: int
+        self,
+        data: Any,
+        config: DataConfig | None,
+        model: Any,
+        *,
+        sampling: Sampling | None,
+        n: int,
+        seed: int,
+        target_reward: Targets,
     ) -> None:
         if n < 1:
             raise ConfigError(f"n must be at least 1, got {n}")
         self.policy = model if isinstance(model, TextPolicy) else TextPolicy.load(model)
         self.sampling, self.group = sampling or SAMPLING, n
         self.key = StreamKey(seed=seed, purpose="generate")
-        limit = self.policy.policy.context_length
-        room = None if limit is None else limit - self.sampling.max_new_tokens
+        conditioner = self.policy.conditioner
+        _check_target(conditioner, target_reward)
+        self.target = None if conditioner is None else conditioner.values(target_reward)
+        limit, taken = self.policy.policy.context_length, 0 if conditioner is None else conditioner.width
+        room = None if limit is None else limit - self.sampling.max_new_tokens - taken
         self.prompts = make_prompts(data, self.policy.tokenizer, config, max_length=room)
+        self.asked: Sequence[Prompt] = self.prompts
+        if conditioner is not None:
+            self.asked = conditioner.condition(self.prompts, target_reward)
         self.transcribe = Transcriber(self.policy.tokenizer, self.sampling.stop)
 
     def __len__(self) -> int:
@@ -229,19 +245,43 @@ class _Sampled:
     def identity(self) -> str:
         weights = {name: weight.detach() for name, weight in self.policy.policy.named_parameters()}
         sampling = {**asdict(self.sampling), "batch_size": None}
-        return fingerprint([*self.prompts, weights_fingerprint(weights), sampling, self.group, self.key])
+        asked = [] if self.target is None else [self.target]
+        return fingerprint([*self.asked, weights_fingerprint(weights), sampling, self.group, self.key, *asked])
 
     def columns(self, index: int) -> Columns:
         return dict(self.prompts[index // self.group].columns)
 
     def batch(self, begin: int, end: int) -> tuple[RewardInputs, list[Columns]]:
         prompts = self.prompts[begin // self.group : end // self.group]
+        asked = self.asked[begin // self.group : end // self.group]
         rollouts = self.policy.sampler.generate(
-            self.policy.policy, prompts, self.sampling, self.group, key=self.key, first_index=begin
+            self.policy.policy, asked, self.sampling, self.group, key=self.key, first_index=begin
         )
         inputs = self.transcribe(rollouts.to("cpu"), [prompt for prompt in prompts for _ in range(self.group)])
         told = zip(inputs.prompts, inputs.completions, inputs.finish_reasons, strict=True)
         return inputs, [dict(zip(self.names, values, strict=True)) for values in told]
+
+
+def _check_options(model: Any, tokenizer: Any, target_reward: Targets) -> None:
+    """What goes with a model, and what without one."""
+    if model is None and target_reward is not None:
+        raise ConfigError("target_reward is what a model is asked for; give the model, or leave it out")
+    if model is not None and tokenizer is not None:
+        raise ConfigError("a model brings its own tokenizer; leave tokenizer out")
+
+
+def _check_target(conditioner: Conditioner | None, target_reward: Targets) -> None:
+    """A model that can be asked must be asked, any other cannot be."""
+    if conditioner is None and target_reward is not None:
+        raise ConfigError(
+            "this model was not trained to be asked for a reward; train one with algorithm: conditioned, or leave "
+            "--target-reward (target_reward) out"
+        )
+    if conditioner is not None and target_reward is None and conditioner.default is None:
+        named = " ".join(f"--target-reward {name}=NUMBER" for name in conditioner.names)
+        raise ConfigError(
+            f"this model is asked for a reward ({', '.join(conditioner.names)}); say for which: {named} (target_reward)"
+        )
 
 
 class _Labels:

@@ -280,3 +280,31 @@ def test_wrong_online_settings_are_refused(fields: Any) -> None:
 def test_scores_that_are_all_equal_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"all 2 training rewards of 'reward' are 0\.5"):
         method([TEXTS[0], TEXTS[0]])
+
+
+def test_before_there_is_a_pool_an_earlier_run_says_what_to_ask_for() -> None:
+    config = RewardConditioned(scaler="none", online=Online(top=0.5))
+    conditioner = Conditioner(config.conditioning, bos_id=BOS)
+    built = config.build(RunFacts(total_steps=10, max_new_tokens=4, conditioner=conditioner))
+    uniforms = torch.tensor([0.0, 0.5, 1.0])
+    assert built.ask(uniforms) == [(), (), ()]
+    conditioner.fit([(float(number),) for number in range(101)])
+    assert built.ask(uniforms) == [(slot(50.0),), (slot(75.0),), (slot(100.0),)]
+
+
+@pytest.mark.parametrize(("mechanism", "follows"), [("token", True), ("linear", False)])
+def test_tokens_follow_an_online_pool_and_scales_stay(mechanism: Any, follows: bool) -> None:
+    config = RewardConditioned(mechanism=mechanism, bins=2, online=Online())
+    conditioner = Conditioner(config.conditioning, bos_id=BOS)
+    built = config.build(RunFacts(total_steps=10, max_new_tokens=4, conditioner=conditioner))
+    built.take_scores([(0.0,), (1.0,), (2.0,), (3.0,)])
+    before = conditioner.prefix(3.5, warn=False)
+    built.take_scores([(0.0,), (1.0,), (2.0,), (3.0,), *[(float(n),) for n in range(4, 12)]])
+    assert (conditioner.prefix(3.5, warn=False) != before) is follows
+    assert conditioner.seen[0].range == (0.0, 11.0)
+
+
+def test_names_are_a_list() -> None:
+    assert RewardConditioned(targets=["a", "b"]).targets == ("a", "b")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"targets is the text 'score'; give a list of names: \[score\]"):
+        RewardConditioned(targets="score")  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import conditioned
 
 
-def test_a_short_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("tropism.training.memory.keep_freed_memory", lambda: False)  # of the process of all tests
     out = tmp_path / "conditioned.json"
     options = ["--model", "0.05M", "--steps", "2", "--rows", "4", "--tokens", "8", "--threads", "1", "--out", str(out)]

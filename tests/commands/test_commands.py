@@ -208,6 +208,33 @@ def test_inspect_demonstrations(stories: Path, tmp_path: Path, capsys: Captured)
     assert [line[4] for line in lines] == ["0"] * len(prompt) + ["1"] * (len(whole) - len(prompt))
 
 
+def test_inspect_texts_that_are_told_their_rewards(stories: Path, tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "data.jsonl").write_text(
+        '{"prompt": "Once upon", "completion": " a time", "warmth": 0.9}\n'
+        '{"prompt": "Once", "completion": " a", "warmth": -2}\n'
+    )
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {stories}\ndata: {tmp_path / 'data.jsonl'}\nalgorithm:\n  name: conditioned\n  targets: [warmth]\n"
+    )
+    assert main(["inspect", str(recipe)]) == 0
+    shown = capsys.readouterr().out
+    assert "2 scored texts to train on, 0 held out" in shown
+    first, second = shown.split("row 1")
+    assert re.search(r"^ +0 +slot +<warmth 0.9> +1 +0 +0$", first, flags=re.M)
+    assert re.search(r"^ +0 +slot +<warmth -2> +1 +0 +0$", second, flags=re.M)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    prompt, whole = tokenizer("Once upon")["input_ids"], [*tokenizer("Once upon a time")["input_ids"], 1]
+    lines = token_lines(first)
+    assert [int(line[1]) for line in lines] == whole
+    assert [line[4] for line in lines] == ["0"] * len(prompt) + ["1"] * (len(whole) - len(prompt))
+    assert main(["inspect", str(recipe), "--algorithm.samples_per_prompt", "1", "--reward", "vader",
+                 "--sampling.max_new_tokens", "6"]) == 0  # fmt: skip
+    assert "2 prompts to train on" in capsys.readouterr().out
+
+
 def test_inspect_a_run_and_long_rows(run: Path, capsys: Captured) -> None:
     assert main(["inspect", str(run), "--rows", "1", "--tokens", "6"]) == 0
     shown = capsys.readouterr().out

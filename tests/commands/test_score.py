@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from conditioned_policies import conditioned_policy
 from tiny_models import tiny_tokenizer
 from tropism.cli import main
 from tropism.data.config import DataConfig
@@ -288,6 +289,7 @@ def test_the_command_samples_from_a_model(stories: Path) -> None:
         (["--reward", "vader", "--out", "o.jsonl", "--batch-size", "0"], "batch_size must be at least 1"),
         (["--reward", "vader", "--out", "o.jsonl", "--n", "2"], "--n is for sampling completions"),
         (["--reward", "vader", "--out", "o.jsonl", "--max-new-tokens", "9"], "--max-new-tokens is for sampling"),
+        (["--reward", "vader", "--out", "o.jsonl", "--target-reward", "1"], "--target-reward is for sampling"),
         (["--reward", "vader", "--out", "o.jsonl", "--limit", "0"], "limit must be at least 1"),
         (["--reward", "vader", "--out", "o.jsonl", "--reward.arg.x", "1"], "unknown key 'arg'"),
         (["--reward", "vader", "--out", "o.jsonl", "--prompt-column", "nope"], "there is no column 'nope'"),
@@ -298,6 +300,20 @@ def test_refusals(arguments: list[str], message: str, capsys: Captured) -> None:
     assert main(["score", "data.jsonl", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert sorted(os.listdir()) == before
+
+
+def test_the_command_asks_a_conditioned_model_for_a_target(tmp_path: Path, capsys: Captured) -> None:
+    asked = conditioned_policy("llama", "linear", tokenizer=tiny_tokenizer(add_bos=True))
+    asked.save_pretrained("asked")
+    Path("asked.txt").write_text("a cat\nthe dog")
+    command = ["score", "asked.txt", "--model", "asked", "--reward", "vader", "--max-new-tokens", "5", "--n", "1"]
+    assert main([*command, "--out", "a.jsonl"]) == 2
+    assert "say for which: --target-reward reward=NUMBER" in " ".join(capsys.readouterr().err.split())
+    assert main([*command, "--out", "a.jsonl", "--target-reward", "0.9"]) == 0
+    rows = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]
+    assert [row["completion"] for row in rows] == asked.generate(
+        ["a cat", "the dog"], max_new_tokens=5, target_reward=0.9
+    )
 
 
 def test_an_unknown_option_names_the_closest(capsys: Captured) -> None:

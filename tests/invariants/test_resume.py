@@ -267,7 +267,7 @@ def test_from_any_saved_step(setting: Setting, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[3], SETTINGS[4]], ids=str)
 def test_with_more_and_with_fewer_steps(setting: Setting, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"trainer": OFTEN, "eval_data": setting.texts[:2]}
+    changes: dict[str, Any] = {"trainer": OFTEN, "eval_data": TEXTS[:2]}
     short = execute(assemble(setting, tmp_path / "short", total_steps=2, **changes))
     whole = execute(assemble(setting, tmp_path / "whole", total_steps=4, **changes))
     shutil.copytree(tmp_path / "short", tmp_path / "longer")

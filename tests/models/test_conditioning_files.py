@@ -267,7 +267,7 @@ def test_training_goes_on_from_a_saved_model(saved: Path, tmp_path: Path) -> Non
         ({"targets": ("mood",)}, "targets"),
         ({"targets": ("length", "mood")}, "targets"),
         ({"scaler": "standard"}, "scaler 'quantile'"),
-        ({"bins": 4}, "bins 3"),
+        ({"mechanism": "add"}, "mechanism .linear."),
     ],
     ids=str,
 )

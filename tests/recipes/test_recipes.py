@@ -23,7 +23,11 @@ RECIPES = {path.name: path for path in sorted((ROOT / "recipes").glob("*.yaml"))
 FILMS = ROOT / "src" / "tropism" / "demo_data"
 
 LOCAL: dict[str, tuple[str, ...]] = {
-    "conditioned-imdb.yaml": ("--data.path", "{scored}/imdb.jsonl", "--data.eval_fraction", "0.3", "--reward", "vader"),
+    "conditioned-imdb.yaml": (
+        *("--data.path", "{scored}/imdb.jsonl", "--reward", "vader"),
+        *("--eval_data.path", "{shared}/data/imdb/small_test.jsonl.gz", "--eval_data.limit", "3"),
+        *("--eval_data.split", "train"),
+    ),
     "conditioned-scitldr.yaml": ("--data.path", "{scored}/papers.jsonl", "--eval_data.path", "{scored}/papers.jsonl"),
     "conditioned-warm-films.yaml": (
         *("--data", f"{FILMS}/train.txt", "--eval_data", f"{FILMS}/held_out.txt"),

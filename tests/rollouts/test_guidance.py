@@ -38,6 +38,7 @@ def conditioned(
     loaded = LoadedModel(model=model, tokenizer=tokenizer, tokens=special_tokens(model, tokenizer), source="tiny")
     conditioner = make_conditioner(Conditioning(targets=targets, scaler="none", mechanism=mechanism), loaded)
     conditioner.fit([(0.0,) * len(targets), (1.0,) * len(targets)])
+    conditioner.knows_open = True
     return TextPolicy(policy, loaded, Sampling(max_new_tokens=6), conditioner=conditioner)
 
 
@@ -149,7 +150,6 @@ def test_guidance_of_nothing_is_none(mechanism: Any) -> None:
     model = conditioned(mechanism=mechanism)
     plain = model.generate(PROMPTS, target_reward=0.9, n=2)
     assert model.generate(PROMPTS, target_reward=0.9, guidance=0.0, n=2) == plain
-    assert model.generate(PROMPTS, target_reward=0.9, guidance=0.0, guidance_from=0.1, n=2) == plain
     same = model.generate(PROMPTS, target_reward=0.9, guidance=2.0, guidance_from=0.9, n=2)
     assert same == plain
     other = model.generate(PROMPTS, target_reward=0.9, guidance=2.0, guidance_from={}, n=2)
@@ -182,6 +182,8 @@ def test_guidance_by_hand() -> None:
         ({"guidance": 1.0}, "guidance pushes towards target_reward"),
         ({"target_reward": 0.5, "guidance": 1.0, "guidance_from": {"x": 1}}, "knows no reward 'x'"),
         ({"target_reward": 0.5, "guidance": 1.0, "guidance_from": [0.1]}, "1 targets for 3 prompts"),
+        ({"target_reward": 0.5, "guidance_from": 0.1}, "give guidance a strength"),
+        ({"target_reward": 0.5, "guidance": float("inf")}, "guidance is inf"),
     ],
     ids=str,
 )
@@ -207,3 +209,12 @@ def test_the_context_has_room_for_the_slots(targets: tuple[str, ...]) -> None:
         model.generate("a" * (room + 1), target_reward=asked)
     with pytest.raises(ConfigError, match=rf"max_new_tokens=63 and {len(targets)} for what.*leave no room"):
         model.generate("a", target_reward=asked, max_new_tokens=63)
+
+
+def test_guidance_away_from_what_was_never_left_open_is_refused() -> None:
+    model = conditioned()
+    assert model.conditioner is not None
+    model.conditioner.knows_open = False
+    with pytest.raises(ConfigError, match="give guidance_from, a low target"):
+        model.generate(PROMPTS, target_reward=0.9, guidance=1.0)
+    model.generate(PROMPTS, target_reward=0.9, guidance=1.0, guidance_from=0.1)

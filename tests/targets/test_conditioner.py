@@ -29,12 +29,14 @@ def two(**config: Any) -> Conditioner:
     fields = {"scaler": "min_max", "targets": ("sentiment", "length"), **config}
     conditioner = Conditioner(Conditioning(**fields), encode=lambda text: [ord(c) for c in text], bos_id=1)
     conditioner.fit(REWARDS)
+    conditioner.knows_open = True
     return conditioner
 
 
 def one(rewards: Sequence[float] = (0.0, 1.0), **config: Any) -> Conditioner:
     conditioner = Conditioner(Conditioning(**config), encode=lambda text: [ord(c) for c in text], bos_id=1)
     conditioner.fit([(reward,) for reward in rewards])
+    conditioner.knows_open = True
     return conditioner
 
 
@@ -79,7 +81,9 @@ def test_a_plain_number_needs_a_model_with_one_reward() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["0.9", "high", True, math.nan, math.inf, -math.inf, 1e39, 10**400, [0.5], (0.5,), 1j, Decimal("NaN")]
+    "value",
+    ["0.9", "high", True, math.nan, math.inf, -math.inf, 1e39, 10**400, [0.5], (0.5,), 1j, Decimal("NaN")],
+    ids=lambda value: repr(value)[:12],
 )
 def test_what_is_no_finite_number_is_refused(value: Any) -> None:
     for conditioner, targets in ((one(), value), (two(), {"sentiment": value})):
@@ -236,11 +240,11 @@ def written(ids: Sequence[int]) -> str:
 def test_text_is_written_after_the_bos() -> None:
     conditioner = two(mechanism="text")
     prefix = conditioner.prefix({"length": 20, "sentiment": 0.9})
-    assert written(prefix) == "sentiment: 0.90\nlength: 20.00\n"
+    assert written(prefix) == "sentiment: 0.90\nlength: 20.0\n"
     assert conditioner.apply((1, 70, 71), prefix) == (1, *prefix, 70, 71)
     assert conditioner.apply((70, 1), prefix) == (*prefix, 70, 1)
     assert conditioner.apply((), prefix) == prefix
-    assert written(conditioner.prefix({"length": -3})) == "length: -3.00\n"
+    assert written(conditioner.prefix({"length": -3})) == "length: -3.0\n"
     assert conditioner.prefix({}) == ()
     assert conditioner.apply((1, 70), ()) == (1, 70)
 
@@ -252,8 +256,35 @@ def test_slots_stand_before_the_bos() -> None:
 def test_widths() -> None:
     assert one().width == 1 and two().width == 2
     text = two(mechanism="text")
-    assert text.width == len("sentiment: -88888.88\nlength: -88888.88\n")
-    assert text.width >= len(text.prefix({"sentiment": -12345.678, "length": 99999.99}, warn=False))
+    assert text.width == len("sentiment: -9.99\nlength: -599.4\n")
+    assert text.width >= len(text.prefix({"sentiment": -9.98, "length": 599}, warn=False))
+    unfitted = Conditioner(text.config, encode=text.encode)
+    assert unfitted.width == len("sentiment: -88888.88888\nlength: -88888.88888\n")
+
+
+@pytest.mark.parametrize(
+    ("rewards", "value", "expected"),
+    [
+        ((-0.85, 0.97), 0.9, "reward: 0.90\n"),
+        ((0.001, 0.004), 0.0025, "reward: 0.00250\n"),  # a hundredth of the range is 0.00003
+        ((0.0, 3000.0), 1234.5, "reward: 1234\n"),
+        ((5.0, 6.0), 5.5, "reward: 5.50\n"),
+    ],
+)
+def test_text_has_as_many_digits_as_the_rewards_need(rewards: Any, value: float, expected: str) -> None:
+    assert written(one(rewards, mechanism="text").prefix(value)) == expected
+
+
+def test_a_reward_left_open_warns_where_it_never_was(caplog: pytest.LogCaptureFixture) -> None:
+    conditioner = two()
+    conditioner.knows_open = False
+    with caplog.at_level(logging.WARNING, logger="tropism"):
+        for targets in ({"length": 20}, None, {"length": 30}):
+            conditioner.prefix(targets)
+    assert [message.partition(" is left open")[0] for message in caplog.messages] == [
+        "the reward 'sentiment'",
+        "the reward 'length'",
+    ]
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------

@@ -152,6 +152,16 @@ def test_terms_by_name_and_their_total(tmp_path: Path) -> None:
         assert rewards == pytest.approx((len(text), 2 * early + 0.5 * len(text), early), abs=1e-5), "unscaled, uncut"
 
 
+def test_the_total_is_the_total_also_where_a_term_has_its_name(tmp_path: Path) -> None:
+    terms = {"reward": {"use": early_letters}, "twice": {"use": early_letters, "weight": 2}}
+    reward = RewardConfig.of({"terms": terms})
+    _, source, _ = pool_of(tmp_path / "run", reward=reward)
+    list(source.collect(None))
+    _, plain, _ = pool_of(tmp_path / "plain", reward=RewardConfig.of(early_letters))
+    list(plain.collect(None))
+    assert [text.rewards[0] for text in source.pool] == pytest.approx([3 * text.rewards[0] for text in plain.pool])
+
+
 def test_a_name_that_no_term_has_is_refused_before_the_run(tmp_path: Path) -> None:
     algorithm = RewardConditioned(targets=("late",), online=Online())
     with pytest.raises(ConfigError, match=r"algorithm.targets names 'late'.*its terms are early"):

@@ -69,11 +69,11 @@ class RewardConditioned(PoolConfig):
     """What is asked for in held-out evaluation; None: the 95th percentile of the training rewards."""
     max_length: int | None = None
     """Longer texts are cut at this many tokens, slots included; None: the model's context."""
-    slot_rate: float = 10.0
+    slot_rate: float = 3.0
     """Learning rate of the slots as a multiple of the language model's."""
 
     def __post_init__(self) -> None:
-        assert self.conditioning is not None  # which checks its fields
+        object.__setattr__(self, "targets", self.conditioning.targets)  # which checks its fields
         if not 0 <= self.target_dropout < 1:
             raise ValueError("target_dropout must lie in [0, 1)")
         if self.prompt_loss_weight < 0:
@@ -136,7 +136,8 @@ class RewardConditionedAlgorithm(PoolAlgorithm[RewardConditioned]):
         self.scores: Sequence[tuple[float, ...]] = ()
 
     def take_scores(self, scores: Sequence[tuple[float, ...]]) -> Metrics:
-        if self.conditioner.fitted:
+        # Numbers in slots keep their scale, or they would lie; tokens follow the pool, or all texts end up in the last.
+        if self.conditioner.fitted and not (self.config.online is not None and self.config.mechanism == "token"):
             self.conditioner.see(scores)
         else:
             self.conditioner.fit(scores)
@@ -144,9 +145,9 @@ class RewardConditionedAlgorithm(PoolAlgorithm[RewardConditioned]):
         return {}
 
     def ask(self, uniforms: Tensor) -> list[tuple[int, ...]]:
-        """The rewards of texts from the upper end of the pool; nothing while there is no pool."""
+        """The rewards of texts from the upper end of the pool; before there is one, of what an earlier run has seen."""
         if not self.scores:
-            return [()] * len(uniforms)
+            return [self._ask_of_seen(float(u)) for u in uniforms]
         columns = torch.tensor(self.scores, dtype=torch.float64)
         # Rewards have scales of their own, so the best are those that rank best, over all rewards together.
         ranks = columns.argsort(dim=0, stable=True).argsort(dim=0, stable=True).sum(-1)
@@ -154,6 +155,11 @@ class RewardConditionedAlgorithm(PoolAlgorithm[RewardConditioned]):
         best = ranks.argsort(descending=True, stable=True)[: max(1, round(self._top * count))]
         chosen = best[(uniforms.double() * len(best)).long()]
         return [self.conditioner.prefix(self.scores[place], warn=False) for place in chosen.tolist()]
+
+    def _ask_of_seen(self, uniform: float) -> tuple[int, ...]:
+        """Nothing where no earlier run has seen any."""
+        share = 1.0 - self._top * (1.0 - uniform)
+        return self.conditioner.prefix(tuple(seen.quantile(share) for seen in self.conditioner.seen), warn=False)
 
     @property
     def _top(self) -> float:

@@ -156,7 +156,7 @@ class QuarkAlgorithm(PoolAlgorithm[Quark]):
 
     def ask(self, uniforms: Tensor) -> list[tuple[int, ...]]:
         """The best token; none before the first growth, which samples the model as it is."""
-        best = self._token(0) if self.quantiles else ()
+        best = self._token(0) if self.conditioner.fitted else ()
         return [best] * len(uniforms)
 
     def _token(self, quantile: int) -> tuple[int, ...]:

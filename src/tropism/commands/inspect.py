@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from tropism.config import Recipe
     from tropism.data.demonstrations import Demonstration
     from tropism.models.loading import LoadedModel
-    from tropism.types import Prompt, Tokens
+    from tropism.recipe_data import Texts
+    from tropism.targets.conditioner import Conditioner
+    from tropism.types import Prompt, ScoredText, Tokens
 
 SAMPLED = 6
 """Tokens sampled after each prompt, to show where learning begins."""
@@ -62,17 +64,24 @@ def run(arguments: Sequence[str]) -> None:
     from tropism.commands.quiet import quieten_libraries
     from tropism.models.loading import load_model
     from tropism.models.policy import Policy
-    from tropism.recipe_data import demonstrations_of, prompts_of
+    from tropism.recipe_data import demonstrations_of, prompts_of, scored_of
+    from tropism.recipe_model import conditioner_of
 
     quieten_libraries()
     loaded = load_model(recipe.model)
     limit = Policy(loaded.model).context_length
-    if recipe.algorithm.on_policy:
-        prompts, held_out = prompts_of(recipe, loaded.tokenizer, context_length=limit)
+    conditioner = conditioner_of(recipe, loaded)
+    taken = 0 if conditioner is None else conditioner.width
+    if recipe.algorithm.reads == "prompts":
+        prompts, held_out = prompts_of(recipe, loaded.tokenizer, context_length=limit, taken=taken)
         _show_prompts(recipe, loaded, prompts, held_out, options)
+    elif recipe.algorithm.reads == "scored":
+        assert conditioner is not None
+        scored = scored_of(recipe, loaded.tokenizer, context_length=limit, taken=taken)
+        _show_scored(recipe, loaded, conditioner, scored, options)
     else:
-        learned, kept = demonstrations_of(recipe, loaded.tokenizer, context_length=limit)
-        _show_demonstrations(loaded, learned, kept, options)
+        texts = demonstrations_of(recipe, loaded.tokenizer, context_length=limit)
+        _show_demonstrations(loaded, texts.train, texts.held_out, options)
 
 
 def _recipe(options: Options, overrides: Sequence[str]) -> Recipe:
@@ -138,13 +147,49 @@ def _show_demonstrations(
         _show_tokens(out, loaded, batch, batch.loss_mask, index, options.tokens)
 
 
+def _show_scored(
+    recipe: Recipe, loaded: LoadedModel, conditioner: Conditioner, texts: Texts[ScoredText], options: Options
+) -> None:
+    """Texts as the method makes batches of them, each told all its rewards; in training some are left open."""
+    import torch
+
+    from tropism.algorithms.base import RunFacts
+
+    facts = RunFacts(
+        total_steps=recipe.total_steps, max_new_tokens=recipe.sampling.max_new_tokens, conditioner=conditioner
+    )
+    algorithm: Any = recipe.algorithm.build(facts)
+    algorithm.take_scores([text.rewards for text in texts.train])
+    out, shown = console(), texts.train[: options.rows]
+    batch = algorithm.make_batch(shown, range(len(shown)), torch.ones(len(shown), len(conditioner.names)), None)
+    out.print(f"{len(texts.train)} scored texts to train on, {len(texts.held_out)} held out.")
+    for index, one in enumerate(shown):
+        _show_text(out, index, loaded.tokenizer.decode([*one.prompt_ids, *one.completion_ids]))
+        told = [f"<{name} {reward:g}>" for name, reward in zip(conditioner.names, one.rewards, strict=True)]
+        _show_tokens(out, loaded, batch, batch.loss_mask, index, options.tokens, slots=told)
+
+
 def _show_text(out: Console, index: int, text: Any) -> None:
     out.print(Text.assemble((f"\nrow {index}  ", "bold"), printable(text)[:1000]), soft_wrap=True)
 
 
-def _show_tokens(out: Console, loaded: LoadedModel, tokens: Tokens, learned: Any, row: int, most: int) -> None:
-    """One line per entry of the row as the forward pass gets it, pads included."""
+def _show_tokens(
+    out: Console,
+    loaded: LoadedModel,
+    tokens: Tokens,
+    learned: Any,
+    row: int,
+    most: int,
+    *,
+    slots: Sequence[str] = (),
+) -> None:
+    """One line per entry of the row as the forward pass gets it, pads included.
+
+    Args:
+        slots: what the slots that the row begins with say.
+    """
     from tropism.models.policy import join
+    from tropism.ops.slots import without_slots
 
     ids, attention, positions, first = join(**tokens.inputs, padding="right")
     begin, total = int(first[row]), int(tokens.total_lengths[row])
@@ -152,15 +197,19 @@ def _show_tokens(out: Console, loaded: LoadedModel, tokens: Tokens, learned: Any
     for column in ("index", "id", "token", "attention", "position", "loss"):
         table.add_column(column, justify="left" if column == "token" else "right")
     places = [*range(total), *range(total, min(total + 2, ids.shape[1]))]
-    for number, place in enumerate(places):
-        if len(places) > most and most // 2 <= number < len(places) - most // 2:
-            if number == most // 2:
+    for line, place in enumerate(places):
+        if len(places) > most and most // 2 <= line < len(places) - most // 2:
+            if line == most // 2:
                 table.add_row("...", "", f"{len(places) - 2 * (most // 2)} more", "", "", "")
             continue
         real = bool(attention[row, place])
         loss = real and place >= begin and bool(learned[row, place - begin])
-        text = printable(repr(_piece(loaded, ids[row, : place + 1].tolist()))) if real else "(pad)"
-        number_of = str(int(ids[row, place])) if real else ""
+        number, text = int(ids[row, place]), "(pad)"
+        if real and number < 0:
+            text = printable(slots[place])
+        elif real:
+            text = printable(repr(_piece(loaded, list(without_slots(ids[row, : place + 1].tolist())))))
+        number_of = ("slot" if number < 0 else str(number)) if real else ""
         table.add_row(str(place), number_of, text, str(int(real)), str(int(positions[row, place])), str(int(loss)))
     out.print(table)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from tropism.commands.asked_targets import parsed_targets
 from tropism.commands.console import console, tell
 from tropism.data.config import DataConfig
 from tropism.errors import ConfigError
@@ -24,7 +25,7 @@ DATA = (
     *("limit", "split", "subset", "revision"),
 )
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
-WITH_MODEL = ("n", "seed", "device", *SAMPLING)
+WITH_MODEL = ("n", "seed", "target_reward", "device", *SAMPLING)
 """Options that mean nothing without --model."""
 
 
@@ -81,6 +82,8 @@ class Options:
     """Sample completions of each prompt from this run folder, model folder, .gguf file, hub id or "demo"."""
     n: int = 4
     """Completions per prompt."""
+    target_reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What to ask a reward-conditioned model for: a number, or NAME=NUMBER for each of its rewards."""
     max_new_tokens: int = 48
     """Most tokens of a completion."""
     temperature: float = 1.0
@@ -106,6 +109,7 @@ def run(arguments: Sequence[str]) -> None:
     options, overrides = _options(arguments)
     reward = _reward(options, overrides)
     data = build(DataConfig, {"path": options.data, **{name: getattr(options, name) for name in DATA}})
+    target = parsed_targets(options.target_reward, "--target-reward")
     if options.model is None:
         _refuse_without_model(options)
     from tropism.commands.quiet import quieten_libraries
@@ -131,6 +135,7 @@ def run(arguments: Sequence[str]) -> None:
             n=options.n,
             sampling=sampling,
             seed=options.seed,
+            target_reward=target,
             drop_unscored=options.drop_unscored,
             overwrite=options.overwrite,
             allow_code=options.allow_code,

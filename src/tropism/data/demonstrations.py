@@ -62,13 +62,25 @@ def make_demonstrations(
     Raises:
         DataError: names the file and line or the record.
     """
-    demonstrations: list[Demonstration] = []
+    read = read_demonstrations(source, tokenizer, config, max_length=max_length, completion_only=completion_only)
+    return [demonstration for _, demonstration in read]
+
+
+def read_demonstrations(
+    source: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig | None = None,
+    *,
+    max_length: int | None,
+    completion_only: bool = True,
+) -> list[tuple[Record, Demonstration]]:
+    """As ``make_demonstrations``, each with the record that it was made of."""
+    demonstrations: list[tuple[Record, Demonstration]] = []
     for text in encoded_texts(source, tokenizer, config, max_length=max_length, completion_only=completion_only):
         completion = text.ids[text.start :]
         mask = (True,) * len(completion)
-        demonstrations.append(
-            Demonstration(prompt_ids=text.ids[: text.start], completion_ids=completion, loss_mask=mask)
-        )
+        made = Demonstration(prompt_ids=text.ids[: text.start], completion_ids=completion, loss_mask=mask)
+        demonstrations.append((text.record, made))
     return demonstrations
 
 

@@ -27,7 +27,7 @@ def make_prompts(
     config: DataConfig | None = None,
     *,
     max_length: int | None = None,
-    overlong: Literal["error", "truncate_left"] | None = None,
+    overlong: Literal["error", "truncate_left", "leave_out"] | None = None,
 ) -> list[Prompt]:
     """Prompts with their token ids; every column but the prompt's travels along for the reward.
 
@@ -39,8 +39,8 @@ def make_prompts(
         tokenizer: of the model.
         config: how records become prompts; default: ``source`` itself, if it is a ``DataConfig``.
         max_length: most tokens a prompt may have (the model's context less the tokens to be sampled).
-        overlong: a longer prompt is an error, or loses tokens on the left but for its BOS (``Prompt.text`` stays
-            whole); None: as ``config`` says, else an error.
+        overlong: a longer prompt is an error, loses its left but for the BOS (``Prompt.text`` stays whole), or is left
+            out, so that there may be none; None: as ``config`` says, else an error.
 
     Raises:
         DataError: names the file and line or the record.
@@ -48,13 +48,12 @@ def make_prompts(
     if config is None and isinstance(source, DataConfig):
         config = source
     records = locate_records(source)
-    words = config.first_words if config else None
-    overlong = overlong or (config.overlong if config else "error")
+    words, overlong = (config.first_words, overlong or config.overlong) if config else (None, overlong or "error")
     column: str | None = None
     if config is None or config.template is None:
         column = (config.prompt_column if config else None) or choose_column(records, PROMPT_COLUMNS)
     prompts: list[Prompt] = []
-    skipped = truncated = 0
+    skipped = truncated = left_out = 0
     for record, columns in zip(records, other_columns(records, column), strict=True):
         if config is not None and len(prompts) == config.limit:
             break
@@ -68,6 +67,9 @@ def make_prompts(
         value = as_chat(value, config)
         ids = _encode(tokenizer, value, record.where)
         if max_length is not None and len(ids) > max_length:
+            if overlong == "leave_out":
+                left_out += 1
+                continue
             truncated += 1
             ids = _shorten(ids, max_length, overlong, tokenizer.bos_token_id, record.where)
         prompts.append(Prompt(text=value, ids=tuple(ids), columns=columns))
@@ -75,7 +77,7 @@ def make_prompts(
         logger.info("skipped %d texts of fewer than %s words", skipped, words)
     if truncated:
         logger.warning("%d prompts were longer than %s tokens and lost their beginning", truncated, max_length)
-    if not prompts:
+    if not prompts and not left_out:
         raise DataError(f"none of the {len(records)} texts has {words} words; lower first_words")
     return prompts
 

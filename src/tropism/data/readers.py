@@ -56,7 +56,9 @@ def read_records(source: Any) -> list[dict[str, Any]]:
 
 
 def locate_records(source: Any) -> list[Record]:
-    """As ``read_records``, with the place of each record."""
+    """As ``read_records``, with the place of each record; a list of records with their places stays as it is."""
+    if isinstance(source, list) and source and all(isinstance(item, Record) for item in source):
+        return source
     name, located = _open(source)
     cleaner = _Cleaner()
     records = [Record(where=where, columns=cleaner.record(columns, where)) for where, columns in located]

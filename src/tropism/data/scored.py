@@ -50,20 +50,33 @@ def make_scored(
             left out and counted where the prompt alone fills it. None: any length.
 
     Raises:
-        DataError: names the file and line or the record, and the column; or the target whose rewards are all equal.
+        DataError: names the file and line or the record, and the column.
     """
+    read = read_scored(source, tokenizer, config, targets=targets, max_length=max_length)
+    return [text for _, text in read]
+
+
+def read_scored(
+    source: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig | None = None,
+    *,
+    targets: Sequence[str],
+    max_length: int | None,
+) -> list[tuple[Record, ScoredText]]:
+    """As ``make_scored``, each with the record that it was made of."""
     texts = encoded_texts(source, tokenizer, config, max_length=max_length, shortest_prompt=0, called="scored texts")
-    scored = [
-        ScoredText(
-            prompt_ids=text.ids[: text.start],
-            completion_ids=_completion(text, tokenizer.eos_token_id),
-            rewards=tuple(_reward(text.record, target) for target in targets),
+    return [
+        (
+            text.record,
+            ScoredText(
+                prompt_ids=text.ids[: text.start],
+                completion_ids=_completion(text, tokenizer.eos_token_id),
+                rewards=tuple(_reward(text.record, target) for target in targets),
+            ),
         )
         for text in texts
     ]
-    for index, target in enumerate(targets):
-        _refuse_equal(target, [text.rewards[index] for text in scored])
-    return scored
 
 
 def _completion(text: EncodedText, eos: Any) -> tuple[int, ...]:
@@ -115,9 +128,15 @@ def _number_of(record: Record, target: str) -> Any:
     return value_of(record, target)
 
 
-def _refuse_equal(target: str, rewards: Sequence[float]) -> None:
-    if min(rewards) == max(rewards):
-        raise DataError(
-            f"all {len(rewards)} rewards of {target!r} are {rewards[0]:g}, so there is nothing to ask for: give texts"
-            " that differ in it, or take it out of `targets`"
-        )
+def refuse_equal(texts: Sequence[ScoredText], targets: Sequence[str]) -> None:
+    """Refuse texts to train on that do not differ in a reward.
+
+    Raises:
+        DataError: names the target whose rewards are all equal.
+    """
+    for target, rewards in zip(targets, zip(*(text.rewards for text in texts), strict=True), strict=True):
+        if min(rewards) == max(rewards):
+            raise DataError(
+                f"all {len(rewards)} rewards of {target!r} are {rewards[0]:g}, so there is nothing to ask for: give"
+                " texts that differ in it, or take it out of `targets`"
+            )

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
-from tropism.data.demonstrations import Demonstration
+from tropism.data.columns import as_chat, choose_column, end_of_words, prompt_value
+from tropism.data.config import DataConfig
+from tropism.data.demonstrations import Demonstration, layout_of, texts_of
 from tropism.data.order import keyed_hash
+from tropism.data.prompts import PROMPT_COLUMNS
+from tropism.data.readers import Record
 from tropism.errors import ConfigError, DataError
-from tropism.types import Prompt
+from tropism.types import Messages, Prompt
 
 T = TypeVar("T")
 
@@ -26,6 +31,47 @@ def prompt_key(item: Any) -> str:
     else:
         value = item
     return json.dumps(value, sort_keys=True, default=repr)
+
+
+class PromptsOfTexts:
+    """The prompts of records that are read as texts to learn, so that texts and prompts can be parted alike.
+
+    Args:
+        records: all of the data, as their columns together say which is the prompt.
+        config: how they are read.
+    """
+
+    def __init__(self, records: Sequence[Record], config: DataConfig) -> None:
+        self.layout, self.config = layout_of(records, config), config
+        self.column = config.prompt_column
+        if self.column is None and config.template is None:
+            self.column = choose_column(records, PROMPT_COLUMNS, but=self.layout.completion)
+        self.names = tuple(dict.fromkeys(name for record in records for name in record.columns))
+
+    def key(self, record: Record) -> str:
+        """What texts with the same prompt share, and the plain prompt; the whole text where that is empty."""
+        prompt = self._prompt(record)
+        if prompt == "":
+            return prompt_key(texts_of(record, self.layout, self.config))
+        if isinstance(prompt, str) and self.config.first_words is not None:
+            prompt = prompt[: end_of_words(prompt, self.config.first_words)]
+        return prompt_key(as_chat(prompt, self.config))
+
+    def readable(self, records: Iterable[Record]) -> tuple[list[Record], DataConfig]:
+        """These records and how to read them for ``make_prompts``: chats without their answer, and every column."""
+        shown = []
+        for record in records:
+            columns = {**dict.fromkeys(self.names), **record.columns}
+            if self.column is not None:
+                columns[self.column] = self._prompt(record)
+            shown.append(replace(record, columns=columns))
+        return shown, replace(self.config, prompt_column=self.column, limit=None)
+
+    def _prompt(self, record: Record) -> str | Messages:
+        """The column or the filled template; of a chat that is learned what stands before the answer."""
+        value = prompt_value(record, self.column, self.config)
+        answered = self.layout.completion is None and not isinstance(value, str) and value[-1]["role"] == "assistant"
+        return value[:-1] if answered else value
 
 
 def train_eval_split(

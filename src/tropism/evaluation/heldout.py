@@ -92,7 +92,8 @@ class LossEvaluation(Generic[T]):
     """Mean negative log-likelihood of held-out texts, per learned token.
 
     Args:
-        collate: texts -> a batch, as in training.
+        collate: texts -> a batch, as in training. A batch may have ``token_weights`` [B, T], 0 outside of its
+            ``loss_mask``: then the mean is weighted by them, as the training loss of such a batch is.
     """
 
     def __init__(self, texts: Sequence[T], *, collate: Callable[[Sequence[T]], Batch], scorer: Scorer) -> None:
@@ -102,10 +103,11 @@ class LossEvaluation(Generic[T]):
         return len(self.texts)
 
     def __call__(self, step: int) -> tuple[Metrics, Table | None]:
-        total, count = 0.0, 0
+        total = weight = 0.0
         for begin in range(0, len(self.texts), 256):
             batch = self.collate(self.texts[begin : begin + 256])
             logprobs = self.scorer.logprobs(batch, temperature=1.0)
-            total -= float(masked_sum(logprobs, batch.loss_mask))
-            count += int(batch.loss_mask.sum())
-        return {"eval/loss": total / max(1, count)}, None
+            weights = getattr(batch, "token_weights", batch.loss_mask.to(logprobs.dtype)).to(logprobs.device)
+            total -= float(masked_sum(weights * logprobs, batch.loss_mask))
+            weight += float(weights.sum())
+        return {"eval/loss": total / weight if weight else 0.0}, None

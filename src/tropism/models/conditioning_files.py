@@ -76,11 +76,11 @@ class SavedConditioning:
             ConfigError: the model was told in another way; names the field.
         """
         own = self.config()
-        for f in fields(Conditioning):
-            before, now = getattr(own, f.name), getattr(asked, f.name)
+        for name in own.used:
+            before, now = getattr(own, name), getattr(asked, name)
             if before != now:
                 raise ConfigError(
-                    f"{self.where} was trained with {f.name} {before!r}, and algorithm.{f.name} is {now!r}; leave it "
+                    f"{self.where} was trained with {name} {before!r}, and algorithm.{name} is {now!r}; leave it "
                     "as it was, or start from the model before"
                 )
 
@@ -135,7 +135,11 @@ def read_conditioning(source: str, config: Any, *, revision: str | None = None) 
         check_weights({SLOTS: slots}, folder=folder, quantised=False)
         tensors = load_file(slots)
     content = read_object(facts)
-    missing = [name for name in ("mechanism", "targets", "scalers", "edges", "seen", "default") if name not in content]
+    missing = [
+        name
+        for name in ("mechanism", "targets", "scalers", "edges", "seen", "default", "knows_open")
+        if name not in content
+    ]
     if missing or content["mechanism"] != mechanism:
         raise ModelError(
             f"{folder / FACTS} is damaged: {missing[0] if missing else 'mechanism'} is not what it must be"

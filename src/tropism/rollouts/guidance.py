@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from tropism.errors import ConfigError
@@ -20,11 +22,11 @@ class RewardGuidance:
         strength: 0 changes nothing.
 
     Raises:
-        ConfigError: it is negative.
+        ConfigError: it is negative, or no finite number.
     """
 
     def __init__(self, strength: float) -> None:
-        if not strength >= 0:
+        if not 0 <= strength < math.inf:
             raise ConfigError(f"guidance is {strength}; give 0 (off) or a positive strength, such as 1")
         self.strength = strength
 

@@ -64,6 +64,13 @@ class SeenRewards:
         low = min(math.floor(place), KNOTS - 1)
         return self.quantiles[low] + (place - low) * (self.quantiles[low + 1] - self.quantiles[low])
 
+    @property
+    def decimals(self) -> int:
+        """Digits behind the point with which two rewards look different that are a hundredth of the range apart."""
+        low, high = self.range
+        spread = high - low
+        return min(12, max(0, 2 - math.floor(math.log10(spread)))) if spread > 0 else 2
+
     def borders(self, bins: int) -> tuple[float, ...]:
         """[bins - 1] rising borders between equally filled bins, all below the largest reward.
 
@@ -95,7 +102,9 @@ class Conditioner:
         self.seen: tuple[SeenRewards, ...] = ()
         self.default: Targets = None
         """What a prompt asks for where nothing is said."""
-        self._warned: set[tuple[str, bool]] = set()
+        self.knows_open = False
+        """Whether the model has learned what to make of rewards that are left open."""
+        self._warned: set[tuple[str, str]] = set()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -166,7 +175,7 @@ class Conditioner:
         if value is None:
             return
         number = isinstance(value, Real) and not isinstance(value, bool)
-        if not number or not abs(float(value)) <= LARGEST_FLOAT32:
+        if not number or not -LARGEST_FLOAT32 <= value <= LARGEST_FLOAT32:  # not float(value): an int may be too large
             raise ConfigError(
                 f"the target of {name!r} is {value!r:.60}; give a finite number, in the reward's own units"
             )
@@ -185,30 +194,39 @@ class Conditioner:
         if not self.fitted:
             return ()
         if warn:
-            self._warn_outside(values)
+            self._warn(values)
         if self.config.mechanism == "text":
-            assert self.encode is not None
-            written = "".join(
-                f"{name}: {value:.2f}\n" for name, value in zip(self.names, values, strict=True) if value is not None
-            )
-            return tuple(self.encode(written)) if written else ()
+            return tuple(self._written(values))
         if self.config.mechanism == "token":
             held = [None if v is None else float(_bin(e, v)) for e, v in zip(self.edges, values, strict=True)]
         else:
             held = [None if v is None else s.scale_reward(v) for s, v in zip(self.scalers, values, strict=True)]
         return tuple(slot_id(place, value) for place, value in enumerate(held))
 
-    def _warn_outside(self, values: Sequence[float | None]) -> None:
+    def _written(self, values: Sequence[float | None]) -> Sequence[int]:
+        """Ids of the text that says the targets, to a hundredth of what the rewards' range is of the order of."""
+        assert self.encode is not None
+        lines = [
+            f"{name}: {value:.{seen.decimals}f}\n"
+            for name, value, seen in zip(self.names, values, self.seen, strict=True)
+            if value is not None
+        ]
+        return self.encode("".join(lines)) if lines else ()
+
+    def _warn(self, values: Sequence[float | None]) -> None:
+        """Tell of what the model has not learned, once each."""
         for name, seen, value in zip(self.names, self.seen, values, strict=True):
             low, high = seen.range
-            if value is None or low <= value <= high or (name, value > high) in self._warned:
-                continue
-            self._warned.add((name, value > high))
-            logger.warning(
-                "the target %g of %r lies outside of the rewards seen in training, %g to %g: what the model makes of "
-                "it is a guess",
-                value, name, low, high,
-            )  # fmt: skip
+            if value is None:
+                kind = "" if self.knows_open else "open"
+                problem = f"the reward {name!r} is left open, which it never was in training (target_dropout was 0)"
+            else:
+                kind = "below" if value < low else "above" if value > high else ""
+                seen_range = f"the rewards seen in training, {low:g} to {high:g}"
+                problem = f"the target {value:g} of {name!r} lies outside of {seen_range}"
+            if kind and (name, kind) not in self._warned:
+                self._warned.add((name, kind))
+                logger.warning("%s: what the model makes of it is a guess", problem)
 
     def apply(self, ids: Sequence[int], prefix: Sequence[int]) -> tuple[int, ...]:
         """A prompt's ids with what ``prefix`` returned: slots before everything, text after the bos."""
@@ -253,7 +271,10 @@ class Conditioner:
         if self.config.mechanism != "text":
             return len(self.names)
         assert self.encode is not None
-        return len(self.encode("".join(f"{name}: -88888.88\n" for name in self.names)))
+        if not self.fitted:
+            return len(self.encode("".join(f"{name}: -88888.88888\n" for name in self.names)))
+        # Ten times as far as any reward seen, which also has one digit more.
+        return len(self._written([-9.99 * max(map(abs, seen.range)) for seen in self.seen]))
 
     # Saving ----------------------------------------------------------------------------------------------------------
 
@@ -266,6 +287,7 @@ class Conditioner:
             "edges": [list(edges) for edges in self.edges],
             "seen": [list(seen.quantiles) for seen in self.seen],
             "default": dict(self.default) if isinstance(self.default, Mapping) else self.default,
+            "knows_open": self.knows_open,
         }
 
     def load_dict(self, saved: Mapping[str, Any]) -> None:
@@ -277,7 +299,10 @@ class Conditioner:
         scalers = tuple(scaler_from_dict(entry) for entry in saved["scalers"])
         edges = tuple(tuple(map(float, edges)) for edges in saved["edges"])
         seen = tuple(SeenRewards(quantiles=tuple(map(float, quantiles))) for quantiles in saved["seen"])
-        for name, found, width in (("seen", (s.quantiles for s in seen), KNOTS + 1), ("edges", edges, None)):
+        for name, found, width in (
+            ("seen", (s.quantiles for s in seen), KNOTS + 1),
+            ("edges", edges, self.config.bins - 1),
+        ):
             if not all(_rising(row, width) for row in found):
                 raise ConfigError(f"{name} must be rows of finite numbers that never fall; save the model anew")
         several, mechanism = len(self.names), self.config.mechanism
@@ -289,6 +314,7 @@ class Conditioner:
             )
         self.values(saved["default"])
         self.scalers, self.edges, self.seen, self.default = scalers, edges, seen, saved["default"]
+        self.knows_open = bool(saved["knows_open"])
 
 
 def _check_column(name: str, column: Sequence[float], *, equal: bool = False) -> None:
@@ -312,8 +338,8 @@ def _scaler(config: Conditioning, name: str, column: Sequence[float]) -> Scaler:
         raise ConfigError(f"the rewards of {name!r}: {error}") from error
 
 
-def _rising(row: Sequence[float], width: int | None) -> bool:
-    return len(row) == (width or len(row)) and all(map(math.isfinite, row)) and list(row) == sorted(row)
+def _rising(row: Sequence[float], width: int) -> bool:
+    return len(row) == width and all(map(math.isfinite, row)) and list(row) == sorted(row)
 
 
 def _bin(edges: Sequence[float], value: float) -> int:

@@ -35,6 +35,9 @@ class Conditioning:
             raise ConfigError(f"mechanism is {self.mechanism!r}; choose one of {', '.join(get_args(Mechanism))}")
         if self.scaler not in get_args(ScalerName):
             raise ConfigError(f"scaler is {self.scaler!r}; choose one of {', '.join(get_args(ScalerName))}")
+        if isinstance(self.targets, str):
+            raise ConfigError(f"targets is the text {self.targets!r}; give a list of names: [{self.targets}]")
+        object.__setattr__(self, "targets", tuple(self.targets))
         if not self.targets or not all(isinstance(name, str) and name.strip() for name in self.targets):
             raise ConfigError("targets must name at least one reward, none of them empty")
         if len(set(self.targets)) < len(self.targets):
@@ -43,3 +46,15 @@ class Conditioning:
             raise ConfigError("bins must be at least 2")
         if self.direction not in ("random", "ones"):
             raise ConfigError(f"direction is {self.direction!r}; choose random or ones")
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The fields that this mechanism depends on."""
+        always = ("mechanism", "targets")
+        return {
+            "linear": (*always, "scaler"),
+            "add": (*always, "scaler", "direction"),
+            "replace": (*always, "scaler", "direction"),
+            "token": (*always, "bins"),
+            "text": always,
+        }[self.mechanism]

@@ -163,17 +163,20 @@ class Rows:
     sampling_batch_size: int = 64
 
 
-def rows_of(items: Sequence[Any], config: Any, sampling: Any, *, prompts_per_step: int, held_out: int) -> Rows:
+def rows_of(
+    items: Sequence[Any], config: Any, sampling: Any, *, prompts_per_step: int, held_out: int, before: int = 0
+) -> Rows:
     """Rows of a method that samples (every completion taken to be as long as it may be), or of one that learns texts.
 
     Args:
         items: the prompts of the data, or its texts.
         config: the method's. sampling: how it samples.
         held_out: prompts that evaluation answers, one completion each.
+        before: tokens that stand before every prompt, or text, and are not in it: those that ask for rewards.
     """
     if config.reads != "prompts":
-        return _rows_of_texts(items, prompts_per_step)
-    lengths, new = [len(prompt.ids) for prompt in items], sampling.max_new_tokens
+        return _rows_of_texts(items, prompts_per_step, before)
+    lengths, new = [before + len(prompt.ids) for prompt in items], sampling.max_new_tokens
     size = config.step_size(prompts_per_step, len(items))
     mean, longest = sum(lengths) / len(lengths), max(lengths)
     return Rows(
@@ -189,8 +192,8 @@ def rows_of(items: Sequence[Any], config: Any, sampling: Any, *, prompts_per_ste
     )
 
 
-def _rows_of_texts(texts: Sequence[Any], batch_size: int) -> Rows:
-    lengths = [len(text.prompt_ids) + len(text.completion_ids) for text in texts]
+def _rows_of_texts(texts: Sequence[Any], batch_size: int, before: int) -> Rows:
+    lengths = [before + len(text.prompt_ids) + len(text.completion_ids) for text in texts]
     learned = sum(len(text.completion_ids) for text in texts)
     return Rows(
         count=batch_size,

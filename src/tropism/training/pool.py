@@ -20,6 +20,9 @@ from tropism.training.sources import Collected, rollout_metrics
 from tropism.training.stopwatch import Stopwatch
 from tropism.types import Batch, Metrics, Prompt, RewardBatch, Rollouts, ScoredText, pad_rows
 
+TOTAL = "reward"
+"""The name of the weighted total of all terms, also where a term has it, too."""
+
 
 def uniforms(seed: int, purpose: Any, first: int, rows: int, columns: int) -> Tensor:
     """[rows, columns] numbers in [0, 1) that depend on the seed, the purpose, and the number of the row alone."""
@@ -193,7 +196,7 @@ class PoolSource:
 
     def _texts(self, rollouts: Rollouts, rewards: RewardBatch, prompts: Sequence[Prompt]) -> list[ScoredText]:
         """The completions that every reward has scored, after their plain prompts."""
-        columns = [rewards.terms.get(name, rewards.totals) for name in self.names]
+        columns = [rewards.totals if name == TOTAL else rewards.terms[name] for name in self.names]
         table = torch.stack(columns, dim=1).double()
         known = rewards.scored & table.isfinite().all(1) & (rollouts.completion_lengths > 0)
         ids = [row[:n] for row, n in zip(rollouts.completion_ids, rollouts.completion_lengths.tolist(), strict=True)]
