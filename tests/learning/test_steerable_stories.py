@@ -24,7 +24,7 @@ from tropism.scoring import score
 
 pytestmark = [pytest.mark.slow, pytest.mark.learning]
 
-SAMPLING = tropism.Sampling(max_new_tokens=12, batch_size=256)
+SAMPLING = tropism.Sampling(max_new_tokens=20, batch_size=256)
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +43,11 @@ def run_offline(mechanism: Any, seed: int, scored: Path, stories: Path, folder: 
         eval_data=HELD_OUT * 4,
         reward="vader",
         run=folder / "run",
-        total_steps=1500,
+        total_steps=2500,
         prompts_per_step=64,
         seed=seed,
         sampling=SAMPLING,
-        trainer=tropism.TrainerConfig(learning_rate=2e-3, schedule="linear", warmup_steps=50, progress=False),
+        trainer=tropism.TrainerConfig(learning_rate=3e-3, schedule="linear", warmup_steps=50, progress=False),
     )
 
 
