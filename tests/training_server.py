@@ -214,7 +214,7 @@ PHASES: dict[str, Callable[[Announce], None]] = {
     "failing evaluation": lambda a: sampling(failing(a, ArithmeticError("no")), purpose="evaluation", call=2),
     "failing log": lambda a: before(RunFolder, "append", failing(a, StorageError("the disk is full")), call=5),
     "failing load": lambda a: before(build, "policy_of", failing(a, ModelError("there is no such model"))),
-    "export": lambda a: before(build, "save_plain", sleeping(a, SHORT)),
+    "export": lambda a: before(build, "save_policy", sleeping(a, SHORT)),
 }
 
 

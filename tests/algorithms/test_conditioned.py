@@ -233,7 +233,7 @@ def test_what_it_reads_and_what_a_step_is() -> None:
         (4, 20, 11),
     ]
     assert ALGORITHMS["conditioned"] is RewardConditioned
-    assert offline.head_rate == 10.0 and not offline.needs_reference
+    assert offline.head_rate == 3.0 and not offline.needs_reference
 
 
 def test_the_preset_is_the_original() -> None:
