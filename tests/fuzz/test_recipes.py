@@ -174,7 +174,11 @@ for _ in range(100):
             10**12,
             r"prompts_per_step, times the completions of a prompt, is 8,000,000,000,000; at most 10,000",
         ),
-        ("algorithm.group_size", 10**9, r"prompts_per_step, times the completions of a prompt, is 16,000,000,000; at most"),
+        (
+            "algorithm.group_size",
+            10**9,
+            r"prompts_per_step, times the completions of a prompt, is 16,000,000,000; at most",
+        ),
         ("algorithm.kl_coef", -1.0, r"^algorithm: kl_coef must not be negative"),
         ("sampling.max_new_tokens", 2**63, r"^sampling\.max_new_tokens: the whole number 9223372036854775808"),
         ("sampling.temperature", math.inf, r"^sampling\.temperature: infinity is not a setting"),

@@ -190,7 +190,7 @@ def test_slots_are_refused_by_a_model_that_has_none() -> None:
 
 def test_slots_may_not_stand_inside_the_text() -> None:
     prompt = Prompt(text="", ids=(5, slot_id(0, 1.0), 6))
-    with pytest.raises(ConfigError, match="beyond the model's vocabulary"):
+    with pytest.raises(ConfigError, match="prompt 0: a reward slot stands behind text"):
         EmbeddedSampler(None, (EOS_ID,)).generate(
             policy_of("gpt2", 1), [prompt], Sampling(max_new_tokens=2), 1, key=StreamKey(seed=0)
         )

@@ -324,7 +324,7 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "Quark goes on sampling without a token",
         "algorithms/quark.py",
-        "best = self._token(0) if self.quantiles else ()",
+        "best = self._token(0) if self.conditioner.fitted else ()",
         "best: tuple[int, ...] = ()",
         ("algorithms/test_quark.py",),
     ),

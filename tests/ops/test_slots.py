@@ -73,4 +73,10 @@ def test_slots_in_front_are_taken_off() -> None:
     assert list(without_slots((0, 5))) == [0, 5]
     assert list(without_slots((one,))) == []
     assert list(without_slots(())) == []
-    assert list(without_slots((one, 4, two))) == [4, two]
+
+
+def test_slots_behind_text_and_text_among_slots_are_refused() -> None:
+    with pytest.raises(ValueError, match="stands behind text"):
+        without_slots((slot_id(0, 1.0), 5, slot_id(0, 1.0)))
+    with pytest.raises(ValueError, match="not all reward slots"):
+        read_slots(torch.tensor([slot_id(0, 1.0), 0]))

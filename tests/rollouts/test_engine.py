@@ -62,6 +62,7 @@ class Counting:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.config, self.device, self.context_length = policy.config, policy.device, policy.context_length
+        self.takes_slots = policy.takes_slots
         self.prefills: list[tuple[int, int]] = []
         self.decoded: list[int] = []
         self.slabs: set[tuple[int, ...]] = set()

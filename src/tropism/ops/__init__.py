@@ -24,6 +24,7 @@ from tropism.ops.policy_losses import (
 )
 from tropism.ops.preference_losses import best_of_k_loss, bradley_terry_loss, dpo_loss
 from tropism.ops.rewards import penalised_rewards, score_at_last_token
+from tropism.ops.slots import read_slots, slot_id, without_slots
 from tropism.ops.vocabulary import linear_logprobs
 
 __all__ = [
@@ -55,10 +56,13 @@ __all__ = [
     "masked_sum",
     "masked_whiten",
     "penalised_rewards",
+    "read_slots",
     "score_at_last_token",
     "sequence_log_ratio",
     "sequence_policy_loss",
+    "slot_id",
     "tempered",
     "token_logprobs",
     "truncated_importance_weights",
+    "without_slots",
 ]

@@ -27,6 +27,9 @@ def slot_id(reward: int, value: float | None) -> int:
         reward: number of the reward, from 0.
         value: what is asked for, as the model is told it; None where this reward is left open.
 
+    Returns:
+        A number below 0.
+
     Raises:
         ValueError: the value is not finite, also as a float32, or there is no such reward.
     """
@@ -45,11 +48,22 @@ def slot_id(reward: int, value: float | None) -> int:
 
 
 def without_slots(ids: Sequence[int]) -> Sequence[int]:
-    """The ids after the slots, which stand in front."""
-    first = 0
-    while first < len(ids) and ids[first] < 0:
-        first += 1
-    return ids[first:] if first else ids
+    """The ids of the text behind the slots.
+
+    Args:
+        ids: of one row, slots in front.
+
+    Returns:
+        The ids from the first that is no slot on; ``ids`` itself where there are no slots.
+
+    Raises:
+        ValueError: a slot stands behind text.
+    """
+    first = next((place for place, token in enumerate(ids) if token >= 0), len(ids))
+    text = ids[first:] if first else ids
+    if any(token < 0 for token in text):
+        raise ValueError("a reward slot stands behind text; slots come first")
+    return text
 
 
 def read_slots(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,7 +74,12 @@ def read_slots(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         [N] numbers of the rewards, [N] float32 values (0 where left open), and [N] bool: left open.
+
+    Raises:
+        ValueError: an id is no slot.
     """
+    if bool((ids >= 0).any()):
+        raise ValueError("these ids are not all reward slots, which are below 0")
     code = -1 - ids
     low = code & 0xFFFFFFFF
     bits = torch.where(low >= 1 << 31, low - (1 << 32), low).to(torch.int32)

@@ -38,9 +38,16 @@ def check_ids(
         ConfigError: names the first prompt with an id of its own.
     """
     places = {
-        f"prompt {index}": [i for ids in prefix for i in (without_slots(ids) if slots else ids)]
+        f"prompt {index}": [i for ids in prefix for i in (_text(ids, f"prompt {index}") if slots else ids)]
         for index, prefix in enumerate(prefixes)
     }
     for place, ids in {**places, "sampling.stop_token_ids": sampling.stop_token_ids}.items():
         if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
             raise ConfigError(f"{place} names a token beyond the model's vocabulary, the ids 0 to {vocabulary - 1}")
+
+
+def _text(ids: Sequence[int], where: str) -> Sequence[int]:
+    try:
+        return without_slots(ids)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from math import isnan
 from typing import Any
@@ -49,7 +50,7 @@ class _Row:
     """Whether a stop string has appeared, perhaps before the completion may end."""
     state: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def prompt(self) -> Sequence[int]:
         """The ids of the first prefix that are text."""
         return without_slots(self.prefixes[0])
