@@ -6,7 +6,7 @@ import csv
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from tropism.errors import ConfigError
 from tropism.evaluation.statistics import Interval
 from tropism.evaluation.steerability import Samples, Steerability, TrainingRewards, steerability
 from tropism.ops.slots import read_slots
-from tropism.rewards import RewardConfig
+from tropism.rewards import RewardConfig, registry
 from tropism.targets.conditioner import Conditioner
 from tropism.targets.config import Conditioning
 from tropism.training.rollout_maker import RolloutMaker
@@ -45,9 +45,10 @@ def vowels(completions: list[str]) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run of a few updates that was told two rewards, and its plain model beside it."""
     folder = tmp_path_factory.mktemp("conditioned")
+    before = dict(registry._registered)
     for name, reward in (("early-letters", early_letters), ("vowel-count", vowels)):
         tropism.register(name)(reward)
     tiny_model("llama", seed=3).save_pretrained(folder / "plain")
@@ -66,7 +67,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sampling=tropism.Sampling(max_new_tokens=6),
         trainer=tropism.TrainerConfig(learning_rate=3e-2, progress=False, preflight=False),
     )
-    return folder / "run"
+    yield folder / "run"
+    registry._registered.clear()
+    registry._registered.update(before)
 
 
 @pytest.fixture
