@@ -38,7 +38,7 @@ def scored(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_offline(mechanism: Any, seed: int, scored: Path, stories: Path, folder: Path) -> tropism.Result:
     return tropism.train(
         str(stories),
-        tropism.RewardConditioned(mechanism=mechanism),
+        tropism.RewardConditioned(mechanism=mechanism, bins=20),
         data=str(scored),
         eval_data=HELD_OUT * 4,
         reward="vader",
