@@ -2,7 +2,7 @@
 
 One file of scored samples, an offline run per mechanism and seed, and the numbers of ``tropism evaluate
 --steerability``, which are printed as rows of a table (``-s``). What must hold of slope, calibration and KL was chosen
-before the runs.
+before the runs that count.
 """
 
 from __future__ import annotations
