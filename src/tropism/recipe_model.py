@@ -73,7 +73,7 @@ def conditioner_of(recipe: Recipe, loaded: LoadedModel) -> Conditioner | None:
     if loaded.conditioning is not None:
         loaded.conditioning.check(config)
         loaded.conditioning.restore(conditioner, None)
-    conditioner.knows_open |= getattr(recipe.algorithm, "target_dropout", 0.0) > 0
+    conditioner.knows_open |= recipe.algorithm.leaves_open
     return conditioner
 
 

@@ -74,7 +74,7 @@ class RecipeSource:
 
     def _check_eval_target(self) -> None:
         """Before anything is sampled, as evaluation first asks for it when there are rewards."""
-        target = getattr(self.recipe.algorithm, "eval_target", None)
+        target = self.recipe.algorithm.evaluated_at
         if target is None or self.conditioner is None:
             return
         try:
@@ -114,7 +114,7 @@ class RecipeSource:
 
     def _ask(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
         assert self.conditioner is not None
-        return self.conditioner.for_evaluation(prompts, getattr(self.recipe.algorithm, "eval_target", None))
+        return self.conditioner.for_evaluation(prompts, self.recipe.algorithm.evaluated_at)
 
     def _hold_out(self, items: Sequence[object], evaluation: Evaluation) -> None:
         self.held_out.append(fingerprint(items))

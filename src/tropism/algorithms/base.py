@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tropism.errors import ConfigError
 from tropism.ops import kl_k1, kl_k3, masked_sum
-from tropism.targets.conditioner import Conditioner
+from tropism.targets.conditioner import Conditioner, Targets
 from tropism.targets.config import Conditioning
 from tropism.types import Batch, Metrics, PolicyBatch, RewardBatch, Rollouts, ScoredText, Sums, Tokens
 
@@ -101,6 +101,16 @@ class AlgorithmConfig(ABC):
     def conditioning(self) -> Conditioning | None:
         """How the model is told which reward to reach; None where it is not told."""
         return None
+
+    @property
+    def evaluated_at(self) -> Targets:
+        """What held-out evaluation asks a model for that is told rewards; None: for much."""
+        return None
+
+    @property
+    def leaves_open(self) -> bool:
+        """Whether the model learns what to make of rewards that are left open."""
+        return False
 
     @property
     def needs_reference(self) -> bool:

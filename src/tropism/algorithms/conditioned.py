@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tropism.algorithms.base import PoolAlgorithm, PoolConfig, PoolPlan, Ratios, RunFacts, Scorer
 from tropism.ops import masked_sum
+from tropism.targets.conditioner import Targets
 from tropism.targets.config import Conditioning, Mechanism, ScalerName
 from tropism.types import DemonstrationBatch, Metrics, ScoredText, Sums, pad_rows
 
@@ -104,6 +105,14 @@ class RewardConditioned(PoolConfig):
     @property
     def on_policy(self) -> bool:
         return self.online is not None
+
+    @property
+    def evaluated_at(self) -> Targets:
+        return self.eval_target
+
+    @property
+    def leaves_open(self) -> bool:
+        return self.target_dropout > 0
 
     @property
     def head_rate(self) -> float:

@@ -214,8 +214,7 @@ def _score(
     policy, conditioner = policy_with_slots(loaded)
     condition = None
     if conditioner is not None:
-        target = getattr(recipe.algorithm, "eval_target", None)
-        condition = partial(conditioner.for_evaluation, target=target)
+        condition = partial(conditioner.for_evaluation, target=recipe.algorithm.evaluated_at)
     return reward_evaluation(policy, loaded.tokenizer, sampler, base, recipe, prompts, harness, condition)(0)[1]
 
 

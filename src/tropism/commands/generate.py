@@ -13,6 +13,7 @@ from rich.text import Text
 
 from tropism.commands.asked_targets import parsed_targets
 from tropism.commands.console import console, printable
+from tropism.commands.sampling_options import SamplingOptions
 from tropism.errors import ConfigError, DataError
 from tropism.schema import build
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(SamplingOptions):
     """Complete prompts with a trained run or any model."""
 
     source: tyro.conf.Positional[str]
@@ -30,32 +31,14 @@ class Options:
     """Texts to complete; - reads them from standard input, one a line."""
     n: int = 1
     """Completions per prompt."""
-    target_reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """What to ask a reward-conditioned model for: a number, or NAME=NUMBER for each of its rewards."""
     guidance: float = 0.0
     """Push the model away from what it would say without a target, by this strength; 0 is off."""
     guidance_from: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A low target to push away from instead, given as --target-reward is."""
     max_new_tokens: int = 40
     """Most tokens of a completion."""
-    temperature: float = 1.0
-    """Logits are divided by it; 0 takes the most likely token."""
-    top_k: int = 0
-    """Keep the k most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the smallest set of tokens with at least this probability."""
-    min_p: float = 0.0
-    """Keep tokens with at least this share of the most likely token's probability."""
-    repetition_penalty: float = 1.0
-    """Above 1 makes tokens that were there already less likely."""
-    stop: tuple[str, ...] = ()
-    """Texts that end a completion."""
-    seed: int = 0
-    """Equal seeds give equal completions."""
     chat: bool = False
     """Send each prompt as a user's message through the model's chat template."""
-    device: str = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
 
 
 def run(arguments: Sequence[str]) -> None:

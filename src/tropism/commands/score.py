@@ -13,6 +13,7 @@ import tyro
 
 from tropism.commands.asked_targets import parsed_targets
 from tropism.commands.console import console, tell
+from tropism.commands.sampling_options import SamplingOptions
 from tropism.data.config import DataConfig
 from tropism.errors import ConfigError
 from tropism.schema import apply_overrides, build, read_yaml
@@ -30,7 +31,7 @@ WITH_MODEL = ("n", "seed", "target_reward", "device", *SAMPLING)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(SamplingOptions):
     """Write a data set with the reward of each record, or with rewarded completions of a model (--model).
 
     Arguments of a reward follow it: --reward length --reward.args.target 20 --reward.args.unit words
@@ -82,26 +83,8 @@ class Options:
     """Sample completions of each prompt from this run folder, model folder, .gguf file, hub id or "demo"."""
     n: int = 4
     """Completions per prompt."""
-    target_reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """What to ask a reward-conditioned model for: a number, or NAME=NUMBER for each of its rewards."""
     max_new_tokens: int = 48
     """Most tokens of a completion."""
-    temperature: float = 1.0
-    """Logits are divided by it; 0 takes the most likely token."""
-    top_k: int = 0
-    """Keep the k most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the smallest set of tokens with at least this probability."""
-    min_p: float = 0.0
-    """Keep tokens with at least this share of the most likely token's probability."""
-    repetition_penalty: float = 1.0
-    """Above 1 makes tokens that were there already less likely."""
-    stop: tuple[str, ...] = ()
-    """Texts that end a completion."""
-    seed: int = 0
-    """Equal seeds give equal completions."""
-    device: str = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -40,7 +40,7 @@ class RewardSlots(nn.Module):
         super().__init__()
         if mechanism not in HIDDEN:
             raise ValueError(f"the mechanism {mechanism!r} has no slots; those with slots are {', '.join(HIDDEN)}")
-        self.mechanism, self.rewards, self.bins, self.base_id = mechanism, rewards, bins, base_id
+        self.mechanism, self.base_id = mechanism, base_id
 
         def zeros(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(*shape, dtype=torch.float32))

@@ -16,7 +16,7 @@ from tropism.errors import ConfigError
 from tropism.rollouts.randomness import StreamKey
 from tropism.training.finite import require_finite
 from tropism.training.rollout_maker import RolloutMaker
-from tropism.training.sources import Collected, rollout_metrics
+from tropism.training.sources import Collected, TextSource, rollout_metrics
 from tropism.training.stopwatch import Stopwatch
 from tropism.types import Batch, Metrics, Prompt, RewardBatch, Rollouts, ScoredText, pad_rows
 
@@ -32,10 +32,8 @@ def uniforms(seed: int, purpose: Any, first: int, rows: int, columns: int) -> Te
     return torch.from_numpy(drawn).view(rows, columns)
 
 
-class ScoredSource:
-    """Batches of a data set's scored texts, in a new keyed order every epoch. One batch is one step."""
-
-    done = True
+class ScoredSource(TextSource[ScoredText]):
+    """Batches of a data set's scored texts."""
 
     def __init__(
         self,
@@ -46,30 +44,14 @@ class ScoredSource:
         reference: Scorer | None,
         seed: int,
     ) -> None:
-        self.algorithm, self.batch_size, self.reference, self.seed = algorithm, batch_size, reference, seed
-        self.stream = PromptStream(texts, seed=seed)
-        self.seen = CollectStats(samples=0, tokens=0)
+        super().__init__(texts, batch_size=batch_size, seed=seed)
+        self.algorithm, self.reference, self.seed = algorithm, reference, seed
         algorithm.take_scores([text.rewards for text in texts])
 
-    def collect(self, policy: Any) -> Iterator[Batch]:
-        first = self.stream.position
-        taken = self.stream.take(self.batch_size)
+    def batch_of(self, taken: Sequence[tuple[int, ScoredText]], first: int) -> Batch:
         drawn = uniforms(self.seed, "dropout", first, len(taken), len(taken[0][1].rewards))
-        batch = self.algorithm.make_batch(
-            [text for _, text in taken], [place for place, _ in taken], drawn, self.reference
-        )
-        self.seen = CollectStats(samples=len(batch), tokens=int(batch.loss_mask.sum()))
-        yield batch
-
-    def finish(self) -> CollectStats:
-        return self.seen
-
-    def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """JSON-able values, and no tensors."""
-        return {"stream": self.stream.state_dict(), "collecting": False}, {}
-
-    def load_state_dict(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self.stream.load_state_dict(values["stream"])
+        places, texts = zip(*taken, strict=True)
+        return self.algorithm.make_batch(texts, places, drawn, self.reference)
 
 
 class PoolSource:
@@ -114,29 +96,31 @@ class PoolSource:
     def collect(self, policy: Any) -> Iterator[Batch]:
         """The remaining batches of the step in progress, or all of a new one."""
         if self.cursor is None:
-            if not (self.plan.once and self.pool):
-                stream, pool = self.stream.state_dict(), list(self.pool)
-                try:
-                    collected = self._grow()
-                except BaseException:  # interrupted or failed: as if this step had not begun
-                    self.stream.load_state_dict(stream)
-                    self._keep(pool)
-                    raise
-                self.cursor = 0
-                self.on_collect(collected)
+            collected = None if self.plan.once and self.pool else self._grown()
             self.cursor = 0
+            if collected is not None:
+                self.on_collect(collected)
         while not self.done:
             assert self.cursor is not None
             place = (self.collects * self.plan.updates + self.cursor) * self.plan.batch_size
             self.cursor += 1
             yield self._batch(place)
 
+    def _grown(self) -> Collected:
+        """What came into the pool; where that fails or is interrupted, it is as if this step had not begun."""
+        stream, pool = self.stream.state_dict(), list(self.pool)
+        try:
+            return self._grow()
+        except BaseException:
+            self.stream.load_state_dict(stream)
+            self._keep(pool)
+            raise
+
     def _batch(self, place: int) -> Batch:
         """The texts from ``place`` on, counted from the start of the run."""
-        begin = (
-            0 if self.plan.once else self.collects * self.plan.updates * self.plan.batch_size
-        )  # a pool that grows is dealt anew
+        # A pool that grows is dealt anew in every step.
         era = 0 if self.plan.once else self.collects
+        begin = era * self.plan.updates * self.plan.batch_size
         chosen = []
         for number in range(place - begin, place - begin + self.plan.batch_size):
             epoch, offset = divmod(number, len(self.pool))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from tropism.training.finite import require_finite
 from tropism.training.rollout_maker import RolloutMaker
 from tropism.training.stopwatch import Stopwatch
 from tropism.types import Batch, Metrics, PolicyBatch, Prompt, RewardBatch, RewardInputs, Rollouts, Tokens
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,21 +284,28 @@ def collect_metrics(rollouts: Rollouts, rewards: RewardBatch, batch: PolicyBatch
     return metrics
 
 
-class DemonstrationSource:
-    """Batches of demonstrations, in a new keyed order every epoch. One batch is one step."""
+class TextSource(ABC, Generic[T]):
+    """Batches of a data set's texts, in a new keyed order every epoch. One batch is one step."""
 
     done = True
 
-    def __init__(
-        self, demonstrations: Sequence[Demonstration], *, batch_size: int, seed: int, shuffle: bool = True
-    ) -> None:
-        self.stream = PromptStream(demonstrations, seed=seed, shuffle=shuffle)
+    def __init__(self, texts: Sequence[T], *, batch_size: int, seed: int, shuffle: bool = True) -> None:
+        self.stream = PromptStream(texts, seed=seed, shuffle=shuffle)
         self.batch_size = batch_size
         self.seen = CollectStats(samples=0, tokens=0)
 
+    @abstractmethod
+    def batch_of(self, taken: Sequence[tuple[int, T]], first: int) -> Batch:
+        """What is made of texts.
+
+        Args:
+            taken: each with its place in the data.
+            first: how many were taken before them, over all epochs.
+        """
+
     def collect(self, policy: Any) -> Iterator[Batch]:
-        items = [item for _, item in self.stream.take(self.batch_size)]
-        batch = collate_demonstrations(items)
+        first = self.stream.position
+        batch = self.batch_of(self.stream.take(self.batch_size), first)
         self.seen = CollectStats(samples=len(batch), tokens=int(batch.loss_mask.sum()))
         yield batch
 
@@ -308,3 +318,10 @@ class DemonstrationSource:
 
     def load_state_dict(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self.stream.load_state_dict(values["stream"])
+
+
+class DemonstrationSource(TextSource[Demonstration]):
+    """Batches of demonstrations."""
+
+    def batch_of(self, taken: Sequence[tuple[int, Demonstration]], first: int) -> Batch:
+        return collate_demonstrations([demonstration for _, demonstration in taken])
