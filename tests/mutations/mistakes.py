@@ -452,7 +452,7 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     Mistake(
         "the dropout of a text is the same in every epoch",
-        "training/pool.py",
+        "training/sources.py",
         "first = self.stream.position",
         "first = 0",
         ("training/test_pool.py",),
