@@ -98,7 +98,7 @@ def test_quark_goes_further_than_one_offline_round(scored: Path, stories: Path, 
         eval_data=HELD_OUT * 4,
         reward="vader",
         run=tmp_path / "quark",
-        total_steps=40,
+        total_steps=80,  # of 256 completions: a third of those of the offline round
         prompts_per_step=16,
         sampling=SAMPLING,
         trainer=tropism.TrainerConfig(learning_rate=1e-3, progress=False),
