@@ -13,7 +13,15 @@ from tiny_models import EOS_ID, FAMILIES
 from tropism.models.policy import Policy
 
 WORD = 2**64
-PURPOSE_NUMBERS = {"training": 1, "evaluation": 2, "checks": 3, "generate": 4, "targets": 5, "dropout": 6}
+PURPOSE_NUMBERS = {
+    "training": 1,
+    "evaluation": 2,
+    "checks": 3,
+    "generate": 4,
+    "targets": 5,
+    "dropout": 6,
+    "normalisation": 7,
+}
 
 # Lengths differ widely; two prompts are equal; two are longer than the sliding windows (4 tokens).
 PROMPTS = ((5, 9, 30, 8, 11, 7, 14), (6,), (12, 13), (6,), (20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30), (17, 9, 6))

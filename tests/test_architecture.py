@@ -16,22 +16,25 @@ from tropism.algorithms import ALGORITHMS
 ROOT = Path(tropism.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py"))
 
-LEAVES = {"errors", "types", "ops", "redaction"}
+LEAVES = {"errors", "judgements", "ops", "redaction", "texts", "types"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "ops": set(),
     "redaction": set(),
     "storage": {"errors"},
     "types": {"ops"},
+    "texts": {"errors"},
+    "judgements": {"types"},
+    "classifier_inputs": {"errors", "foreign", "texts"},
     "safe_yaml": {"errors"},
     "scored_file": {"errors", "storage"},
     "schema": {"errors", "safe_yaml"},
     "targets": {"errors", "ops", "storage", "types"},
     "algorithms": LEAVES | {"targets"},
     "foreign": {"errors"},
-    "rewards": LEAVES | {"foreign"},
+    "rewards": LEAVES | {"classifier_inputs", "foreign"},
     "rollouts": LEAVES,
-    "data": LEAVES | {"foreign"},
+    "data": LEAVES | {"classifier_inputs", "foreign"},
     "models": LEAVES | {"foreign", "storage", "targets"},
     "training": LEAVES | {"storage"},
     "evaluation": LEAVES | {"storage"},
@@ -43,6 +46,7 @@ COMPOSERS = {
     "__init__",
     "api",
     "build",
+    "build_reward_model",
     "cli",
     "commands",
     "config",
@@ -50,13 +54,17 @@ COMPOSERS = {
     "export",
     "export_checks",
     "recipe_changes",
+    "recipe_comparisons",
     "recipe_data",
     "recipe_identity",
     "recipe_model",
     "recipe_processes",
     "recipe_resumption",
     "recipe_sources",
+    "result",
+    "reward_recipes",
     "scoring",
+    "text_reward_model",
 }
 
 EXCEPTIONS: dict[str, set[str]] = {

@@ -28,6 +28,7 @@ RECIPE: dict[str, Any] = {
     "reward": {"terms": {"warm": {"use": "vader", "rows_per_call": 2}}},
     "run": "runs/warm",
     "total_steps": 10,
+    "sampling": {"truncation": {"token": ".", "after": 2}},
     "lora": {"rank": 4},
     "trainer": {"evaluation": {"every": 5}, "checkpoints": {"patience": 3}},
 }
@@ -74,6 +75,7 @@ CHANGED: dict[str, Any] = {
     "data.chat": True,
     "data.eval_fraction": 0.5,
     "data.overlong": "truncate_left",
+    "data.prepare": {"length": 3},
     "reward.terms.warm.use": "length",
     "reward.terms.warm.weight": 2.0,
     "reward.terms.warm.args": {"goal": "maximise"},
@@ -100,6 +102,9 @@ CHANGED: dict[str, Any] = {
     "sampling.repetition_penalty": 1.5,
     "sampling.stop": ["."],
     "sampling.stop_token_ids": [3],
+    "sampling.truncation.token": 14,
+    "sampling.truncation.after": 3,
+    "sampling.truncation.beyond": "train",
     "sampling.batch_size": 8,
     "lora.rank": 8,
     "lora.alpha": 3.0,
@@ -177,8 +182,8 @@ def changed(path: str, value: Any, given: dict[str, Any] = RECIPE) -> Recipe:
 
 def test_every_field_is_tried() -> None:
     ours = {path for path in leaves(fields_of(Recipe.from_mapping(RECIPE))) if not path.startswith("eval_data.")}
-    # Each pair excludes one another: no recipe has both.
-    assert ours - CHANGED.keys() == {"data.template", "train_layers", "model.trust_remote_code"}
+    # Each pair excludes one another: no recipe has both. (A reward model takes no reward, and all else no scale.)
+    assert ours - CHANGED.keys() == {"data.template", "train_layers", "model.trust_remote_code", "normalise"}
     assert CHANGED.keys() <= ours
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from conditioned_policies import conditioned_policy
 from tiny_models import tiny_model, tiny_tokenizer
-from tropism.data.config import DataConfig
+from tropism.data.config import DataConfig, Preparation
 from tropism.errors import ConfigError, DataError, RewardError
 from tropism.generation import TextPolicy
 from tropism.models.policy import Policy
@@ -155,6 +155,9 @@ def test_other_sampling_or_another_model_does_not_go_on(policy: TextPolicy) -> N
 def test_a_column_of_the_data_may_not_become_a_completion(policy: TextPolicy) -> None:
     with pytest.raises(ConfigError, match="the column 'completion' cannot be added: the data has such a column"):
         score([{"prompt": "a", "completion": "b"}], len, out="out.jsonl", model=policy)
+    prepared = DataConfig(path="unused", prepare=Preparation(length=3))
+    with pytest.raises(ConfigError, match="prepare cuts prompts by tokens of a model; give the model to sample from"):
+        score([{"prompt": "a", "completion": "b"}], len, out="out.jsonl", config=prepared)
     with pytest.raises(ConfigError, match="a model brings its own tokenizer"):
         score(["a"], "vader", out="out.jsonl", model=policy, tokenizer=policy.tokenizer)
     with pytest.raises(ConfigError, match="n must be at least 1"):

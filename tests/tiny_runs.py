@@ -11,9 +11,20 @@ from typing import Any
 import torch
 
 from tiny_models import tiny_model, tiny_tokenizer
-from tropism.algorithms import GRPO, PPO, RLOO, SFT, AlgorithmConfig, KLControl, Online, Quark, RewardConditioned
+from tropism.algorithms import (
+    GRPO,
+    PPO,
+    RLOO,
+    SFT,
+    AlgorithmConfig,
+    KLControl,
+    Online,
+    Quark,
+    RewardConditioned,
+    RewardModeling,
+)
 from tropism.algorithms.base import OnPolicyConfig
-from tropism.build import Assembly
+from tropism.build import Assembly, assembly_for
 from tropism.config import Recipe
 from tropism.data.prompts import make_prompts
 from tropism.models.lora import LoRA
@@ -22,6 +33,7 @@ from tropism.rollouts.config import Sampling
 from tropism.rollouts.engine import EmbeddedSampler
 from tropism.rollouts.randomness import StreamKey
 from tropism.training.config import TrainerConfig
+from tropism.training.normalisation import Normalisation
 from tropism.types import Rollouts
 
 PROMPTS = ["a cat", "the big dog", "oh", "is it so, my friend?", "we ran", "no"]
@@ -36,6 +48,18 @@ SCORED = [
     {"prompt": "no", "completion": ", no.", "reward": 0.0},
 ]
 
+JUDGED: list[dict[str, Any]] = [
+    {"prompt": "a cat", "completions": [" sat on a mat.", " ran.", " is no dog!"], "choice": 0},
+    {"prompt": "the dog", "completions": [" ran.", " ran and ran.", " sat."], "choice": 1},
+    {"prompt": "oh", "completions": [" no!", " yes.", "?"], "choice": 1},
+    {"prompt": "is it so", "completions": [", my friend? it is.", "? no.", "!"], "choice": 0},
+    {"prompt": "we ran", "completions": [".", " and ran.", " to a big mat."], "choice": 2},
+    {"prompt": "no", "completions": [", no.", "!", " dog is so big."], "choice": 2},
+]
+
+JUDGED_APART = [{**item, "prompt": f"so {item['prompt']}"} for item in JUDGED]
+"""The same judgements of other prompts, to hold out: what is trained on may not be among them."""
+
 METHODS: dict[str, AlgorithmConfig] = {
     "sft": SFT(),
     "ppo": PPO(group_size=2, num_epochs=2, minibatch_size=4, kl=KLControl(target=0.5, horizon=100)),
@@ -44,6 +68,7 @@ METHODS: dict[str, AlgorithmConfig] = {
     "conditioned": RewardConditioned(target_dropout=0.3, prompt_loss_weight=0.5),
     "conditioned-online": RewardConditioned(online=Online(group_size=2, updates=4, batch_size=4, top=0.5)),
     "quark": Quark(quantiles=3, group_size=2, updates=4, batch_size=4),
+    "reward-model": RewardModeling(),
 }
 """Every method with several updates per collect, where it collects."""
 
@@ -74,9 +99,19 @@ class Setting:
         return self.method in ON_POLICY
 
     @property
+    def trains_policy(self) -> bool:
+        """Whether it reads what a policy learns from; a reward model has no log-probs, and no reference."""
+        return self.algorithm.reads != "comparisons"
+
+    @property
     def texts(self) -> list[Any]:
         """What it reads."""
-        texts: dict[str, list[Any]] = {"prompts": [*PROMPTS], "demonstrations": [*TEXTS], "scored": [*SCORED]}
+        texts: dict[str, list[Any]] = {
+            "prompts": [*PROMPTS],
+            "demonstrations": [*TEXTS],
+            "scored": [*SCORED],
+            "comparisons": [*JUDGED],
+        }
         return texts[self.algorithm.reads]
 
     def with_algorithm(self, **changes: Any) -> AlgorithmConfig:
@@ -89,7 +124,7 @@ ALL_SETTINGS = [Setting(m, a, f) for m in METHODS for a in (False, True) for f i
 SETTINGS = [s for s in ALL_SETTINGS if s.adapter == (s.family == "gpt2")]
 """One family each: all weights of a Llama, an adapter on a GPT-2 (whose layers are transposed)."""
 
-PARTIAL_SETTINGS = [Setting(m, False, "gpt2", train_layers=1) for m in METHODS]
+PARTIAL_SETTINGS = [s for m in METHODS if (s := Setting(m, False, "gpt2", train_layers=1)).trains_policy]
 """The last of two blocks of a GPT-2, whose output embedding is tied."""
 
 
@@ -99,7 +134,10 @@ def early_letters(completions: list[str]) -> list[float]:
 
 
 def make_recipe(setting: Setting, run: Path, **changes: Any) -> Recipe:
-    """A recipe of two steps (four where a step is an update) of a few prompts, with a running scale of the reward."""
+    """A recipe of two steps (four where a step is an update) of a few prompts, with a running scale of the reward.
+
+    A reward model is put on a scale before and after training, by samples of the body that it starts from.
+    """
     algorithm = changes.pop("algorithm", setting.algorithm)
     trainer = changes.pop("trainer", {})
     fields: dict[str, Any] = {
@@ -118,12 +156,15 @@ def make_recipe(setting: Setting, run: Path, **changes: Any) -> Recipe:
     }
     if algorithm.reads != "prompts":
         fields["reward"] = None
+    if algorithm.reads == "comparisons":
+        fields["normalise"] = Normalisation(samples=8)
     return Recipe(**{**fields, **changes})
 
 
 def assemble(setting: Setting, run: Path, *, resume: bool = False, **changes: Any) -> Assembly:
     """Everything of a tiny run, connected and not yet started."""
-    return Assembly(make_recipe(setting, run, **changes), resume=resume)
+    recipe = make_recipe(setting, run, **changes)
+    return assembly_for(recipe)(recipe, resume=resume)
 
 
 def execute(assembly: Assembly, *, export: bool = False) -> Assembly:
@@ -154,7 +195,7 @@ def logged(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def weights_of(assembly: Assembly) -> dict[str, torch.Tensor]:
-    """A copy of every weight of the policy, frozen ones and the value head included."""
+    """A copy of every weight of what is trained, frozen ones and the value head (or gain and bias) included."""
     return {name: value.detach().clone() for name, value in assembly.policy.state_dict().items()}
 
 

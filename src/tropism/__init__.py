@@ -27,11 +27,11 @@ if TYPE_CHECKING:
         Online,
         Quark,
         RewardConditioned,
+        RewardModeling,
     )
     from tropism.api import train
-    from tropism.build import Result
     from tropism.config import Recipe
-    from tropism.data.config import DataConfig
+    from tropism.data.config import DataConfig, Preparation
     from tropism.errors import TropismError
     from tropism.evaluation.report import write_report
     from tropism.generation import TextPolicy
@@ -39,9 +39,12 @@ if TYPE_CHECKING:
     from tropism.models.lora import LoRA
     from tropism.models.policy import Policy
     from tropism.models.reference import Reference
+    from tropism.result import Result
     from tropism.rewards import RewardConfig, RewardTerm, register
-    from tropism.rollouts.config import Sampling
+    from tropism.rollouts.config import Sampling, Truncation
+    from tropism.text_reward_model import TextRewardModel
     from tropism.training.config import CheckpointConfig, EvaluationConfig, OptimizerConfig, TrainerConfig
+    from tropism.training.normalisation import Normalisation
 
 _HOMES = {
     "tropism.algorithms": (
@@ -56,11 +59,11 @@ _HOMES = {
         "Online",
         "Quark",
         "RewardConditioned",
+        "RewardModeling",
     ),
     "tropism.api": ("train",),
-    "tropism.build": ("Result",),
     "tropism.config": ("Recipe",),
-    "tropism.data.config": ("DataConfig",),
+    "tropism.data.config": ("DataConfig", "Preparation"),
     "tropism.errors": ("TropismError",),
     "tropism.evaluation.report": ("write_report",),
     "tropism.generation": ("TextPolicy",),
@@ -68,9 +71,12 @@ _HOMES = {
     "tropism.models.lora": ("LoRA",),
     "tropism.models.policy": ("Policy",),
     "tropism.models.reference": ("Reference",),
+    "tropism.result": ("Result",),
     "tropism.rewards": ("RewardConfig", "RewardTerm", "register"),
-    "tropism.rollouts.config": ("Sampling",),
+    "tropism.rollouts.config": ("Sampling", "Truncation"),
+    "tropism.text_reward_model": ("TextRewardModel",),
     "tropism.training.config": ("CheckpointConfig", "EvaluationConfig", "OptimizerConfig", "TrainerConfig"),
+    "tropism.training.normalisation": ("Normalisation",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -88,20 +94,25 @@ __all__ = [
     "LoRA",
     "MissingEos",
     "ModelConfig",
+    "Normalisation",
     "Online",
     "OptimizerConfig",
     "Policy",
+    "Preparation",
     "Quark",
     "Recipe",
     "Reference",
     "Result",
     "RewardConditioned",
     "RewardConfig",
+    "RewardModeling",
     "RewardTerm",
     "Sampling",
     "TextPolicy",
+    "TextRewardModel",
     "TrainerConfig",
     "TropismError",
+    "Truncation",
     "__version__",
     "load_model",
     "register",

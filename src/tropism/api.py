@@ -12,8 +12,9 @@ from tropism.training.config import TrainerConfig
 
 if TYPE_CHECKING:
     from tropism.algorithms import AlgorithmConfig
-    from tropism.build import Result
     from tropism.models.lora import LoRA
+    from tropism.result import Result
+    from tropism.training.normalisation import Normalisation
 
 
 def train(
@@ -31,28 +32,27 @@ def train(
     lora: LoRA | None = None,
     train_layers: int | None = None,
     trainer: TrainerConfig | None = None,
+    normalise: Normalisation | None = None,
     resume: bool = False,
     profile: bool = False,
 ) -> Result:
-    """Turn a model toward a reward (or, with SFT, toward demonstrations).
+    """Turn a model toward a reward (or, with SFT, toward demonstrations), or into a reward model.
 
     Args:
         model: hub id, folder, .gguf file, "demo", a ``ModelConfig``, or (model, tokenizer), which is trained in place.
         algorithm: the method and its settings, such as ``GRPO(group_size=8)``, or its name.
-        data: prompts (demonstrations for SFT) as list, file, ``DataConfig``, ``Dataset`` or columns; rewards see all.
+        data: prompts (or demonstrations, judgements) as list, file, ``DataConfig``, ``Dataset`` or columns.
         reward: a callable, a registered name, ``{"name": (reward, weight)}``, or a ``RewardConfig``.
         eval_data: held-out data in the same forms, evaluated before and after (and every ``trainer.evaluation.every``).
-        run: folder for everything the run writes; None takes the first free ``runs/<method>-<number>``.
-        total_steps: collects for methods that sample, optimizer updates for SFT.
-        prompts_per_step: prompts per collect, each answered ``group_size`` times; demonstrations per update for SFT.
-        seed: all randomness follows from it.
+        run: folder of everything that is written; None takes the first free ``runs/<method>-<number>``.
+        total_steps, prompts_per_step: collects and prompts of each (times ``group_size``), or updates and items each.
+        seed, sampling: all randomness follows from it; how completions are sampled.
         lora, train_layers: train an adapter, or only so many of the last transformer blocks; None: all weights.
-        sampling, trainer: how completions are sampled; optimizer, precision, evaluation, checkpoints, tracking.
-        resume: go on with the run in ``run`` from its newest complete checkpoint.
-        profile: record where the second step goes, in ``profile/`` of the run folder.
+        trainer, normalise: optimizer, precision, evaluation, checkpoints, tracking; the scale of a reward model.
+        resume, profile: go on from the newest complete checkpoint; record where the second step goes (``profile/``).
 
     Returns:
-        The trained policy, its latest metrics, and the run folder.
+        The trained policy or reward model, its latest metrics, and the run folder.
 
     Raises:
         TropismError: something about the model, data, reward or settings cannot work; raised before training starts.
@@ -73,5 +73,6 @@ def train(
         lora=lora,
         train_layers=train_layers,
         trainer=trainer or TrainerConfig(),
+        normalise=normalise,
     )
     return run_recipe(recipe, resume=resume, profile=profile)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +16,8 @@ from tropism.config import Recipe, free_run, resume_command
 from tropism.errors import ConfigError, TropismError
 from tropism.evaluation.report import write_report
 from tropism.generation import TextPolicy, save_policy
+from tropism.models.loading import LoadedModel
+from tropism.models.policy import Policy
 from tropism.models.reference import Reference
 from tropism.models.slot_checks import probe_slots
 from tropism.recipe_identity import WatchedFacts, identity_of, note
@@ -25,6 +26,8 @@ from tropism.recipe_processes import accelerator_for, prepared
 from tropism.recipe_resumption import Resumption, device_name, export_of
 from tropism.recipe_sources import RecipeSource
 from tropism.redaction import redact
+from tropism.result import Result
+from tropism.reward_recipes import with_trained_rewards
 from tropism.rewards import RewardHarness
 from tropism.rollouts.engine import EmbeddedSampler
 from tropism.rollouts.transcribe import Transcriber
@@ -47,20 +50,8 @@ logger = logging.getLogger("tropism")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a run left behind."""
-
-    policy: TextPolicy
-    """The trained policy; ``generate`` answers prompts."""
-    metrics: dict[str, float]
-    """The latest value of every metric."""
-    path: Path
-    """The run folder."""
-
-
 def run_recipe(recipe: Recipe, *, resume: bool = False, allow_code: bool = False, profile: bool = False) -> Result:
-    """Train by a recipe.
+    """Train by a recipe; reward models that it names by their own recipes are trained first.
 
     Args:
         resume: go on with the run in ``recipe.run`` from its newest complete checkpoint.
@@ -72,10 +63,14 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, allow_code: bool = False
             cannot go on with, before training starts.
         Interrupted: after a signal, with everything up to the last update saved.
     """
+    recipe = with_trained_rewards(
+        recipe, lambda first, goes_on: run_recipe(first, resume=goes_on, allow_code=allow_code)
+    )
     interrupts = Interrupts()
     with interrupts.listening(), ExitStack() as opened:
         with interrupts.abandonable():  # nothing is written before the run begins
-            assembled = Assembly(recipe, resume=resume, allow_code=allow_code, interrupts=interrupts, opened=opened)
+            assemble = assembly_for(recipe)
+            assembled = assemble(recipe, resume=resume, allow_code=allow_code, interrupts=interrupts, opened=opened)
             if assembled.resumption is not None and assembled.resumption.finished:
                 return assembled.finished_result(assembled.resumption)
             if profile:
@@ -86,6 +81,15 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, allow_code: bool = False
         assembled.run.execute(recipe.total_steps, resumed=assembled.checkpoint)
     assembled.processes.accelerator.end_training()
     return assembled.result()
+
+
+def assembly_for(recipe: Recipe) -> type[Assembly]:
+    """What builds the run of a recipe."""
+    if recipe.algorithm.reads != "comparisons":
+        return Assembly
+    from tropism.build_reward_model import RewardModelAssembly
+
+    return RewardModelAssembly
 
 
 class Assembly:
@@ -108,18 +112,18 @@ class Assembly:
             raise ConfigError("to resume, name the run: run='runs/<name>' (tropism train --resume runs/<name>)")
         self.recipe = recipe
         config = recipe.algorithm
+        self.processes = Processes(accelerator_for(recipe), interrupts)
+        self.processes.leave_talking_to_main()
         self.harness = None if recipe.reward is None else RewardHarness(recipe.reward, allow_code=allow_code)
         if self.harness is not None and opened is not None:
             opened.callback(self.harness.close)
-        self.processes = Processes(accelerator_for(recipe), interrupts)
-        self.processes.leave_talking_to_main()
         path = Path(recipe.run) if recipe.run else free_run(config.name)
         path = Path(self.processes.from_main(str(path)))
         self.folder = _open_folder(path, self.processes, resume=resume)
         device = self.processes.accelerator.device
         self.resumption = Resumption(self.folder.path, recipe, device=device) if resume else None
         self.checkpoint = None if self.resumption is None else self.resumption.checkpoint
-        self.loaded, self.policy = policy_of(recipe)
+        self.loaded, self.policy = self._load()
         require_finite_weights(self.policy)
         self.reference = self._build_reference()
         if config.needs_exact_kl and self.reference is not None:
@@ -143,6 +147,7 @@ class Assembly:
             evaluations=[],
             export=self._export,
             begin=self._write_head,
+            conclude=self._conclude,
             identity=self._identity,
             command=resume_command(self.folder.path, allow_code=allow_code),
         )
@@ -162,6 +167,10 @@ class Assembly:
             self._compare(self.resumption)
 
     # Model -----------------------------------------------------------------------------------------------------------
+
+    def _load(self) -> tuple[LoadedModel, Policy]:
+        """What is trained, and what it came from."""
+        return policy_of(self.recipe)
 
     def _build_reference(self) -> Reference | None:
         """A reference where the method needs it, or where it costs nothing (adapters switched off)."""
@@ -284,6 +293,9 @@ class Assembly:
                 )
                 logger.info("pre-flight: %s", report)
 
+    def _conclude(self) -> None:
+        """What all processes do once training is over, before the export."""
+
     def _write_head(self) -> None:
         """The first files of the run folder; only here, so that what fails before training leaves nothing behind."""
         if self.processes.is_main:
@@ -342,7 +354,7 @@ class Assembly:
 
     def result(self) -> Result:
         return Result(
-            policy=TextPolicy(self.policy, self.loaded, self.recipe.sampling, conditioner=self.conditioner),
+            trained=TextPolicy(self.policy, self.loaded, self.recipe.sampling, conditioner=self.conditioner),
             metrics=dict(self.run.recent),
             path=self.folder.path,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tropism.rewards import RewardConfig
 from tropism.rollouts.config import Sampling
 from tropism.schema import build, dump_yaml, read_yaml, refuse_absurd, to_plain
 from tropism.training.config import TrainerConfig
+from tropism.training.normalisation import Normalisation
 
 logger = logging.getLogger("tropism")
 
@@ -57,6 +58,8 @@ class Recipe:
     tied to the input embedding; None trains all weights. Not together with lora."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Optimizer, precision, evaluation, checkpoints, tracking."""
+    normalise: Normalisation | None = None
+    """Of a reward model: put its scores on a scale by samples of a policy; None leaves them as they come out."""
 
     def __post_init__(self) -> None:
         _refuse_secrets(self)
@@ -82,10 +85,38 @@ class Recipe:
                 "lora and train_layers cannot go together: lora trains an adapter, train_layers some of the model's "
                 "own weights. Leave one of them out"
             )
+        self._check_reward_model()
+        self._check_best()
         if self.algorithm.reads == "prompts" and self.reward is None:
             raise ConfigError(
                 f"{self.algorithm.name} needs a reward: a registered name such as vader, a callable, or named terms"
             )
+
+    def _check_best(self) -> None:
+        keeping = self.trainer.checkpoints
+        waits = keeping.use_best or keeping.patience is not None
+        if waits and keeping.best_metric == "eval/reward" and self.reward is None:
+            raise ConfigError(
+                "trainer.checkpoints.best_metric is eval/reward, and there is no reward; set it to eval/loss, and "
+                "best_mode to min"
+            )
+
+    def _check_reward_model(self) -> None:
+        """What belongs to reward models alone, and what they have no use for."""
+        if self.algorithm.reads != "comparisons":
+            if self.normalise is not None:
+                raise ConfigError(
+                    f"normalise is for reward models; {self.algorithm.name} trains a policy: leave it out"
+                )
+            return
+        policy = None if self.normalise is None else self.normalise.policy
+        if isinstance(policy, ModelConfig) and policy.trust_remote_code:
+            raise ConfigError(
+                "normalise.policy does not run the code of a model's authors; leave trust_remote_code out"
+            )
+        for name, given in (("reward", self.reward), ("train_layers", self.train_layers)):
+            if given is not None:
+                raise ConfigError(f"{self.algorithm.name} takes no {name}; leave it out")
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Recipe:
@@ -107,6 +138,8 @@ class Recipe:
         for name in ("data", "eval_data"):
             if isinstance(values.get(name), Mapping):
                 values[name] = build(DataConfig, values[name], path=name)
+        if isinstance(values.get("normalise"), Mapping):
+            values["normalise"] = _normalisation_from(values["normalise"])
         return build(cls, values)
 
     @classmethod
@@ -127,8 +160,11 @@ class Recipe:
             value = getattr(self, f.name)
             if isinstance(value, AlgorithmConfig):
                 plain[f.name] = {"name": value.name, **to_plain(value)}
-            elif f.name in ("model", "data", "eval_data") and not isinstance(value, (str, type(None), *_CONFIGS)):
-                plain[f.name] = _describe(value)
+            elif f.name in ("model", "data", "eval_data"):
+                plain[f.name] = _plain_or_described(value)
+            elif isinstance(value, Normalisation):
+                given = {name: _plain_or_described(getattr(value, name)) for name in ("policy", "data")}
+                plain[f.name] = to_plain(replace(value, policy=None, data=None)) | given
             else:
                 plain[f.name] = to_plain(value)
         return dump_yaml(plain)
@@ -140,9 +176,12 @@ _CONFIGS = (ModelConfig, DataConfig)
 def _refuse_secrets(recipe: Recipe) -> None:
     """A recipe is written into the run folder, its report and the trackers."""
     settings = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
-    for name in ("model", "data", "eval_data"):  # records and models given from Python are written nowhere
+    # Records and models given from Python are written nowhere.
+    for name in ("model", "data", "eval_data"):
         if not isinstance(settings[name], (str, Path, Mapping, *_CONFIGS)):
             del settings[name]
+    if recipe.normalise is not None and not isinstance(recipe.normalise.data, (str, Path, *_CONFIGS)):
+        settings["normalise"] = replace(recipe.normalise, data=None)
     found = find_secret(settings)
     if found is not None:
         raise ConfigError(
@@ -220,6 +259,23 @@ def method_named(name: Any) -> type[AlgorithmConfig]:
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ConfigError(f"algorithm: there is no method {name!r}; {hint}The methods are: {', '.join(ALGORITHMS)}")
     return ALGORITHMS[name]
+
+
+def _normalisation_from(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a normalisation, its policy and data built where they are settings, too, and no names."""
+    kinds: dict[str, type[Any]] = {"policy": ModelConfig, "data": DataConfig}
+    given = {name: mapping.get(name) for name in kinds}
+    built = {
+        name: build(kinds[name], value, path=f"normalise.{name}")
+        for name, value in given.items()
+        if isinstance(value, Mapping)
+    }
+    return {**mapping, **built}
+
+
+def _plain_or_described(value: Any) -> Any:
+    """What a recipe's file holds of a model or of data."""
+    return to_plain(value) if isinstance(value, (str, type(None), *_CONFIGS)) else _describe(value)
 
 
 def _describe(value: Any) -> str:

@@ -66,18 +66,18 @@ def prompts_of(
         return make_prompts(source, tokenizer, settings, max_length=room, **options)
 
     if recipe.algorithm.reads == "prompts":
-        prompts = read(*_source_and_settings(recipe.data))
+        prompts = read(*source_and_settings(recipe.data))
         if recipe.eval_data is not None:
-            return prompts, read(*_source_and_settings(recipe.eval_data))
+            return prompts, read(*source_and_settings(recipe.eval_data))
         fraction = _fraction(recipe)
         return train_eval_split(prompts, fraction, seed=recipe.seed) if fraction > 0 else (prompts, [])
     if recipe.eval_data is not None:
-        return [], _distinct(read(*_source_and_settings(recipe.eval_data)))
+        return [], _distinct(read(*source_and_settings(recipe.eval_data)))
     if _fraction(recipe) > 0:
         of_texts: Any = scored_of if recipe.algorithm.reads == "scored" else demonstrations_of
         held: Any = (texts or of_texts(recipe, tokenizer, context_length=context_length, taken=taken)).held
         return [], _distinct(read(*held))
-    source, settings = _source_and_settings(recipe.data)
+    source, settings = source_and_settings(recipe.data)
     shortened = settings is not None and settings.overlong != "error"
     return read(source, settings, overlong="leave_out" if leave_out and not shortened else None), []
 
@@ -101,7 +101,7 @@ def demonstrations_of(
             source, tokenizer, settings, max_length=limit, completion_only=config.completion_only
         )
 
-    return _parted(recipe, read, recipe.eval_data)
+    return _parted(recipe, tokenizer, read, recipe.eval_data)
 
 
 def scored_of(
@@ -126,7 +126,7 @@ def scored_of(
     def read(source: Any, settings: DataConfig | None) -> list[tuple[Record, ScoredText]]:
         return read_scored(source, tokenizer, settings, targets=config.targets, max_length=room)
 
-    parted = _parted(recipe, read, recipe.eval_data if recipe.reward is None else None)
+    parted = _parted(recipe, tokenizer, read, recipe.eval_data if recipe.reward is None else None)
     refuse_equal(parted.train, config.targets)
     return parted
 
@@ -146,20 +146,23 @@ def prompt_room(recipe: Recipe, context_length: int | None, *, taken: int = 0) -
 
 
 def _parted(
-    recipe: Recipe, read: Callable[[Any, DataConfig | None], list[tuple[Record, T]]], held_out: Any
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    read: Callable[[Any, DataConfig | None], list[tuple[Record, T]]],
+    held_out: Any,
 ) -> Texts[T]:
     """Texts of the data, parted by their prompts as the records have them, before these become ids.
 
     Args:
         held_out: separate data with texts whose loss is evaluated; None: there is none.
     """
-    source, settings = _source_and_settings(recipe.data)
+    source, settings = source_and_settings(recipe.data)
     fraction = _fraction(recipe)
     if recipe.eval_data is not None or fraction == 0 or settings is None:
-        kept = [] if held_out is None else read(*_source_and_settings(held_out))
+        kept = [] if held_out is None else read(*source_and_settings(held_out))
         return Texts(train=[text for _, text in read(source, settings)], held_out=[text for _, text in kept])
     records = locate_records(source)
-    prompts = PromptsOfTexts(records, settings)
+    prompts = PromptsOfTexts(records, settings, tokenizer)
     train, kept = train_eval_split(
         read(records, settings), fraction, seed=recipe.seed, key=lambda pair: prompts.key(pair[0])
     )
@@ -182,7 +185,7 @@ def _fraction(recipe: Recipe) -> float:
     return recipe.data.eval_fraction if isinstance(recipe.data, DataConfig) else 0.0
 
 
-def _source_and_settings(data: Any) -> tuple[Any, DataConfig | None]:
+def source_and_settings(data: Any) -> tuple[Any, DataConfig | None]:
     """Readers take the data itself, or its configuration."""
     if isinstance(data, DataConfig):
         return data, data

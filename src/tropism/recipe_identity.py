@@ -28,12 +28,16 @@ from tropism.models.policy import Policy
 from tropism.models.reference import Reference
 from tropism.redaction import redact_values
 from tropism.rewards import RewardConfig
+from tropism.rewards.reward_model import find_reward_model, fingerprint, folder_named
 from tropism.storage import write_whole
 
 logger = logging.getLogger("tropism")
 
 SAMPLED = 64
 """Values of each tensor that its fingerprint looks at, at even distances: cheap for models of any size."""
+
+_MODEL = "model:"
+"""Begins the digest of a reward that is a trained model."""
 
 _UNSTEADY = ("_name_or_path", "name_or_path", "transformers_version")
 """Entries of a model's configuration that say nothing about what it computes."""
@@ -89,9 +93,14 @@ def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
 
 def reward_sources(config: RewardConfig) -> dict[str, str]:
     """Digest of the code of each term that is the user's own: of a function's source, or of the file that a reference
-    such as ``rewards.py:mine`` names. Terms whose source is not to be had, such as functions typed in, have none."""
+    such as ``rewards.py:mine`` names. Terms whose source is not to be had, such as functions typed in, have none. Of
+    a trained reward model that of its files, after ``_MODEL``."""
     sources: dict[str, str] = {}
     for name, term in config.terms.items():
+        folder = folder_named(term)
+        if folder is not None:
+            sources[name] = _MODEL + fingerprint(find_reward_model(folder))
+            continue
         code = _file_of(term.use) if isinstance(term.use, str) else _source_of(term.use)
         if code is not None:
             sources[name] = _digest(code)
@@ -130,7 +139,10 @@ def check_identity(saved: Mapping[str, Any] | None, own: Mapping[str, Any], *, s
         name for name, code in saved["rewards"].items() if name in own["rewards"] and own["rewards"][name] != code
     ]
     # Not refused: mending a function that failed in the middle of a run is why runs are resumed.
-    return [f"the code of the reward {name!r} has changed; what it scored before stays" for name in changed]
+    parts = {name: "model" if own["rewards"][name].startswith(_MODEL) else "code" for name in changed}
+    return [
+        f"the {part} of the reward {name!r} has changed; what it scored before stays" for name, part in parts.items()
+    ]
 
 
 def read_environment(folder: Path) -> dict[str, Any]:

@@ -19,9 +19,40 @@ from tropism.models.loading import LoadedModel, load_model
 from tropism.models.lora import add_lora, add_reference_adapter
 from tropism.models.modules import base_model
 from tropism.models.policy import Policy
+from tropism.models.reward_files import facts_of_source, load_reward_body
+from tropism.models.reward_model import RewardModel
 from tropism.targets.conditioner import Conditioner
 
 logger = logging.getLogger("tropism")
+
+
+def reward_model_of(recipe: Recipe) -> tuple[LoadedModel, RewardModel]:
+    """A reward model around the body that the recipe names; exactly what is trained has gradients."""
+    loaded = load_reward_body(recipe.model, seed=recipe.seed)
+    network: Any = loaded.model
+    bare = RewardModel(network)
+    facts = facts_of_source(recipe.model)
+    if facts is None:
+        bare.start_head(seed=recipe.seed)
+    else:  # training goes on from what its head has learned
+        bare.rescale(gain=1.0, bias=facts.offset)
+    if recipe.lora is None:
+        _train_everything(network)
+        return loaded, bare
+    adapted = add_lora(network, recipe.lora, seed=recipe.seed, task=None, but=bare.head_name)
+    bare.head.requires_grad_(True)
+    model = RewardModel(adapted)
+    model.rescale(gain=bare.gain.item(), bias=bare.bias.item())
+    return replace(loaded, model=adapted), model
+
+
+def _train_everything(model: Any) -> None:
+    """All weights get gradients, with a warning where their type loses small updates."""
+    model.requires_grad_(True)
+    if next(model.parameters()).dtype != torch.float32:
+        logger.warning(
+            "weights are trained in %s: small updates are lost to rounding; set model.dtype to float32", model.dtype
+        )
 
 
 def policy_of(recipe: Recipe) -> tuple[LoadedModel, Policy]:
@@ -40,12 +71,7 @@ def policy_of(recipe: Recipe) -> tuple[LoadedModel, Policy]:
     elif recipe.lora is not None:
         model = add_lora(model, recipe.lora, seed=recipe.seed)
     else:
-        model.requires_grad_(True)
-        if next(model.parameters()).dtype != torch.float32:
-            logger.warning(
-                "weights are trained in %s: small updates are lost to rounding; set model.dtype to float32",
-                model.dtype,
-            )
+        _train_everything(model)
     head = None
     if recipe.algorithm.needs_value_head:
         # Not hidden_size: some families (OPT) project their hidden states before the vocabulary.

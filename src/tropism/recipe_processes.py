@@ -23,6 +23,7 @@ from tropism.errors import ConfigError
 from tropism.models.packed import cpu_multiplies
 from tropism.models.policy import Policy
 from tropism.models.reference import Reference
+from tropism.models.reward_model import RewardModel
 from tropism.models.sharding import shard
 
 logger = logging.getLogger("tropism")
@@ -103,7 +104,7 @@ def _refuse_one_for_many() -> None:
         )
 
 
-def prepared(policy: Policy, reference: Reference | None, accelerator: Accelerator) -> Any:
+def prepared(policy: Policy | RewardModel, reference: Reference | None, accelerator: Accelerator) -> Any:
     """The policy as the trainer calls it: sharded over the processes where the launcher says so, otherwise replicated.
 
     With it a reference that is a copy is sharded. Optimizers have to be made afterwards.
@@ -115,6 +116,8 @@ def prepared(policy: Policy, reference: Reference | None, accelerator: Accelerat
     if plugin is None or accelerator.num_processes == 1:
         # Not wrapped for several processes: the trainer adds up gradients by itself, after the last backward pass.
         return accelerator.prepare_model(policy, device_placement=False, evaluation_mode=True)
+    if isinstance(policy, RewardModel):
+        raise ConfigError("the weights of reward models cannot be sharded; launch without --use_fsdp")
     if policy.reference_logits is not None and reference is not None and reference.kind == "copy":
         raise ConfigError(
             "the exact KL to the reference needs its output embedding whole, and a copy of the model is sharded with "

@@ -17,6 +17,7 @@ from tropism.evaluation.heldout import LossEvaluation, RewardEvaluation
 from tropism.models.loading import LoadedModel
 from tropism.models.policy import Policy
 from tropism.recipe_data import Texts, demonstrations_of, prompts_of, scored_of
+from tropism.rollouts.checks import check_ends
 from tropism.targets.conditioner import Conditioner
 from tropism.training.pool import PoolSource, ScoredSource
 from tropism.training.rollout_maker import RolloutMaker
@@ -62,6 +63,7 @@ class RecipeSource:
             TropismError: unusable data, or a recipe that does not fit it.
         """
         self._check_eval_target()
+        self._check_ends()
         reads = self.recipe.algorithm.reads
         if reads == "demonstrations":
             return self._demonstrations()
@@ -81,6 +83,24 @@ class RecipeSource:
             self.conditioner.values(target)
         except ConfigError as error:
             raise ConfigError(f"algorithm.eval_target: {error}") from error
+
+    def _check_ends(self) -> None:
+        """Before anything is sampled: whether completions can end.
+
+        Raises:
+            ConfigError: not where they should, or not at all, and the method then replaces every reward.
+        """
+        recipe = self.recipe
+        if self.maker is None:
+            return
+        check_ends(recipe.sampling, self.loaded.tokenizer, int(self.policy.config.vocab_size))
+        score = recipe.algorithm.score_without_end
+        if score is not None and not recipe.sampling.can_end(eos=bool(self.loaded.tokens.eos_ids)):
+            raise ConfigError(
+                f"algorithm.missing_eos.score={score:g} replaces the reward of completions that lack an end, and here "
+                "all would: the model has no eos token, and sampling names no other end. Name one, for example "
+                'sampling.truncation: {token: ".", after: 16}, or set algorithm.missing_eos.score to null'
+            )
 
     # Data ------------------------------------------------------------------------------------------------------------
 

@@ -156,6 +156,8 @@ class _Given:
     def __init__(self, data: Any, config: DataConfig | None, tokenizer: Any) -> None:
         records = locate_records(data)
         layout = layout_of(records, config)
+        if config is not None and config.prepare is not None:
+            raise ConfigError("prepare cuts prompts by tokens of a model; give the model to sample from, or no prepare")
         self.tokenizer = tokenizer
         self.records: list[Record] = []
         self.texts: list[Any] = []
@@ -367,7 +369,7 @@ def _load_tokenizer(name: str | Path) -> Any:
     except OSError as error:
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(
-            f"the tokenizer of {path} cannot be loaded: {reason}; name a model folder or hub id"
+            f"the tokenizer of {path} cannot be loaded: {reason.rstrip('.')}; name a model folder or hub id"
         ) from error
 
 

@@ -189,6 +189,14 @@ class Rollouts(Tokens):
     """[B, T] the critic's value before each token, as it was while sampling; None where the policy has no critic."""
     temperature: float = 1.0
     """Softmax temperature at which ``logprobs`` hold."""
+    visible_lengths: Tensor | None = None
+    """[B] how many tokens of each completion rewards see, where more are trained (``Truncation.beyond: train``); None:
+    all of them."""
+
+    @property
+    def seen_lengths(self) -> Tensor:
+        """[B] tokens that rewards see."""
+        return self.completion_lengths if self.visible_lengths is None else self.visible_lengths
 
     @property
     def truncated(self) -> Tensor:
@@ -271,6 +279,10 @@ class Batch(Tokens):
 
     loss_mask: Tensor
     """[B, T] bool, at most ``completion_mask``."""
+
+    def emptied(self) -> Self:
+        """The same rows, of which nothing is learned."""
+        return replace(self, loss_mask=torch.zeros_like(self.loss_mask))
 
 
 @dataclass(frozen=True, kw_only=True)

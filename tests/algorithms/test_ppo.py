@@ -66,6 +66,20 @@ def test_missing_eos_score_replaces_rewards_per_token_too() -> None:
     close(make_batch(config, rewards(0.0, 0.0, per_token=per_token)).returns, [[-1.0, -1.0, -1.0], [9.0, 5.0]])
 
 
+@pytest.mark.parametrize(("reason", "expected"), [("stop", 2.0), ("length", -1.0)])
+def test_the_score_stands_at_the_last_sampled_token_whatever_rewards_saw(reason: Any, expected: float) -> None:
+    seen = replace(rollouts(), visible_lengths=torch.tensor([1, 1]), finish_reasons=(reason, "stop"))
+    policy, config = Numbers(OLD), PPO(kl_coef=0.0, gamma=0.0, missing_eos=MissingEos(score=-1.0))
+    batch: PolicyBatch = built(config).make_batch(policy, None, seen, rewards(2.0, 5.0))  # type: ignore[attr-defined]
+    close(batch.advantages, [[0.0, 0.0, expected], [0.0, 5.0]])
+    assert batch.loss_mask.tolist() == [[True, True, True], [True, True, False]]
+
+
+def test_what_replaces_rewards_of_completions_without_end_is_known_outside() -> None:
+    assert PPO.preset("lm-human-preferences/sentiment").score_without_end == -1.0
+    assert PPO(missing_eos=MissingEos(penalty=1.0)).score_without_end is None
+
+
 def test_rewards_per_token_reach_the_advantages() -> None:
     per_token = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 0.0]])
     batch = make_batch(PPO(kl_coef=0.0, lam=1.0), rewards(10.0, 20.0, per_token=per_token))
@@ -87,6 +101,45 @@ def test_golden_numbers_of_lm_human_preferences() -> None:
     method = built(PPO(kl_coef=0.0, gamma=0.0, whiten_rewards=True))
     batch = method.make_batch(Numbers(OLD), None, full, reward)  # type: ignore[attr-defined]
     close(batch.advantages, [[0.006057, -0.166627, 1.732899], [0.092399, 0.006057, -1.720785]])
+
+
+@pytest.mark.parametrize("place", ["reward", "loss"])
+def test_the_objective_of_a_collect_by_hand(place: Any) -> None:
+    """The first completion was cut, and gets -3 for its 2; its sequence KL is -0.5, that of the second 0."""
+    config = PPO(kl_coef=0.1, kl=KLControl(place=place), missing_eos=MissingEos(score=-3.0))
+    for scored, effective, net in (((True, True), -2.0, -1.975), ((True, False), -3.0, -2.95)):
+        method: Any = built(config)
+        reward = rewards(2.0, -1.0 * scored[1], scored=scored)
+        batch = method.make_batch(Numbers(OLD, VALUES), Numbers(REFERENCE), rollouts(), reward)
+        metrics = method.collect_metrics(batch)
+        assert metrics["reward/effective"] == pytest.approx(effective)
+        assert metrics["reward/net"] == pytest.approx(net)
+        assert metrics["policy/kl_coef_used"] == 0.1
+    method = built(config)
+    batch = method.make_batch(Numbers(OLD), Numbers(REFERENCE), rollouts(), rewards(0.0, 0.0, scored=(False, False)))
+    assert not {"reward/effective", "reward/net"} & method.collect_metrics(batch).keys()
+
+
+def test_moments_of_returns_and_old_values_by_hand() -> None:
+    method: Any = built(PPO(kl_coef=0.0, lam=1.0))
+    batch = method.make_batch(Numbers(OLD, VALUES), None, rollouts(), rewards(2.0, -1.0))  # returns 2 2 2 and -1 -1
+    metrics = method.collect_metrics(batch)
+    expected = {"return_mean": 0.8, "return_var": 14 / 5 - 0.64, "old_mean": 0.1, "old_var": 0.15 / 5 - 0.01}
+    assert {name: metrics[f"value/{name}"] for name in expected} == pytest.approx(expected, rel=1e-5)
+    # Errors 1.9, 1.8, 1.7, -1, -0.9, of mean 0.7.
+    spread = (1.9**2 + 1.8**2 + 1.7**2 + 1 + 0.81) / 5 - 0.49
+    assert metrics["value/explained_variance"] == pytest.approx(1 - spread / 2.16, rel=1e-5)
+
+
+def test_pitfall_44_what_is_logged_pays_the_current_coefficient() -> None:
+    method: Any = built(PPO(kl_coef=0.1, lam=1.0, kl=KLControl(target=1.0, horizon=1.0)))
+    method.after_collect(CollectStats(samples=1, tokens=0, sequence_kl=100.0))  # 0.1 * 1.2
+    batch = method.make_batch(Numbers(OLD), Numbers(REFERENCE), rollouts(), rewards(2.0, -1.0))
+    metrics = method.collect_metrics(batch)
+    assert metrics["policy/kl_coef_used"] == pytest.approx(0.12)
+    assert metrics["reward/net"] == pytest.approx(0.5 + 0.12 * 0.25)
+    # Without discount and critic the first return of a completion is what all of it earned, less what it paid.
+    assert float(batch.returns[:, 0].mean()) == pytest.approx(metrics["reward/net"])
 
 
 def test_whitening_ignores_padding_and_unscored_rows() -> None:
@@ -120,6 +173,12 @@ def test_loss_against_hand_numbers() -> None:
     assert ratio_of(ratios, "policy/ref_kl") == pytest.approx(sum(log_ratios) / 5, rel=1e-4)
     k3 = [math.exp(-d) + d - 1 for d in log_ratios]
     assert ratio_of(ratios, "policy/ref_kl_k3") == pytest.approx(sum(k3) / 5, rel=1e-4)
+    k2 = [0.5 * math.log(ratio) ** 2 for ratio in (1.1, 1.5, 0.5, 0.9, 1.0)]
+    assert ratio_of(ratios, "policy/approx_kl_k2") == pytest.approx(sum(k2) / 5, rel=1e-4)
+    assert ratio_of(ratios, "value/mean") == pytest.approx(1.4 / 5)
+    assert ratio_of(ratios, "value/error") == pytest.approx((0.25 + 0.04 + 0 + 1 + 0.36) / 5, rel=1e-5)
+    assert ratio_of(ratios, "value/clip_fraction") == pytest.approx(2 / 5)
+    assert ratio_of(ratios, "loss/total") == pytest.approx((-2.7 + 0.117 - 0.025) / 5, rel=1e-5)
 
 
 def test_entropy_has_a_gradient_only_where_it_is_a_bonus() -> None:
@@ -152,14 +211,17 @@ def test_fixed_coefficient_stays() -> None:
 
 
 def test_presets_carry_the_numbers_of_their_sources() -> None:
-    sentiment = PPO.preset("lm-human-preferences/sentiment")
-    assert (sentiment.kl_coef, sentiment.kl.target, sentiment.kl.horizon) == (0.15, 6.0, 10_000)
-    assert (sentiment.num_epochs, sentiment.critic.coef, sentiment.critic.clip) == (4, 0.1, 0.2)
-    assert (sentiment.clip_low, sentiment.clip_high, sentiment.gamma, sentiment.lam) == (0.2, 0.2, 1.0, 0.95)
-    assert sentiment.whiten_rewards and sentiment.missing_eos.score == -1.0
-    for name, coefficient in (("cnndm", 0.01), ("tldr", 0.03)):
-        preset = PPO.preset(f"lm-human-preferences/{name}")
-        assert (preset.kl_coef, preset.kl.target, preset.whiten_rewards) == (coefficient, None, False)
+    tasks = {"sentiment": 0.15, "descriptiveness": 0.15, "cnndm": 0.01, "tldr": 0.03}
+    for task, coefficient in tasks.items():
+        style = task in ("sentiment", "descriptiveness")
+        preset = PPO.preset(f"lm-human-preferences/{task}")
+        assert (preset.kl_coef, preset.kl.place, preset.kl.target) == (coefficient, "reward", 6.0 if style else None)
+        assert preset.kl.horizon == 10_000 and preset.whiten_rewards is style and preset.whiten_advantages
+        assert (preset.group_size, preset.num_epochs, preset.minibatch_size, preset.target_kl) == (1, 4, None, None)
+        assert (preset.clip_low, preset.clip_high, preset.gamma, preset.lam) == (0.2, 0.2, 1.0, 0.95)
+        critic = preset.critic
+        assert (critic.coef, critic.clip, critic.rate, critic.bootstrap_truncated) == (0.1, 0.2, 1.0, False)
+        assert (preset.missing_eos.score, preset.missing_eos.penalty, preset.entropy_coef) == (-1.0, 0.0, 0.0)
     assert PPO.preset("trl").kl_coef == 0.05
     assert PPO.preset("trlx", gamma=0.9).gamma == 0.9
 

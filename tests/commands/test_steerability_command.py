@@ -74,7 +74,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tropism.evaluation.steerability_files._rendered", lambda figure, kind: kind.encode())
+    monkeypatch.setattr("tropism.evaluation.steerability_files.rendered", lambda figure, kind: kind.encode())
 
 
 def read(path: Path) -> list[dict[str, str]]:

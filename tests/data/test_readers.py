@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tropism.data.config import DataConfig
-from tropism.data.readers import read_records
+from tropism.data.readers import locate_records, read_records
 from tropism.errors import DataError, TropismError
 
 ROWS = [{"prompt": "a film\u2028with a separator", "label": "1"}, {"prompt": "naïve 🎬", "label": "0"}]
@@ -192,7 +192,7 @@ def test_missing_file_names_the_closest(tmp_path):
     write(tmp_path, "prompts.jsonl", '{"a": 1}')
     with pytest.raises(DataError, match=r"no such file or folder; did you mean '.*prompts\.jsonl'\?"):
         read_records(tmp_path / "promts.jsonl")
-    with pytest.raises(DataError, match="pass a list of texts"):
+    with pytest.raises(DataError, match="Texts themselves are given as a list"):
         read_records("I watched this film and")
 
 
@@ -281,3 +281,9 @@ def test_csv_round_trip(tmp_path, rows):
     with (tmp_path / "d.csv").open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([("x", "y"), *rows])
     assert read_records(tmp_path / "d.csv") == [{"x": x, "y": y} for x, y in rows]
+
+
+def test_records_of_a_list_on_one_line_are_told_apart(tmp_path):
+    path = tmp_path / "all.json"
+    path.write_text('[{"text": "a"}, {"text": "b"},\n{"text": "c"}]')
+    assert [record.where for record in locate_records(path)] == [f"{path}:1", f"{path}:1, record 1", f"{path}:2"]

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from tropism.data.demonstrations import Demonstration
-from tropism.data.split import train_eval_split
+from tropism.data.config import DataConfig, Preparation
+from tropism.data.demonstrations import Demonstration, read_demonstrations
+from tropism.data.prompts import make_prompts
+from tropism.data.readers import locate_records
+from tropism.data.split import PromptsOfTexts, prompt_key, train_eval_split
 from tropism.errors import ConfigError, DataError
 from tropism.types import Prompt
 
@@ -62,6 +65,30 @@ def test_demonstrations_of_one_prompt_stay_together_and_plain_texts_part():
     texts = [demonstration((1,), (c,)) for c in range(10)]
     train, held_out = train_eval_split(texts, 0.2, seed=0)
     assert len(train) == 8 and len(held_out) == 2
+
+
+def test_prompts_that_are_equal_once_prepared_stay_together_as_prompts_and_as_texts(make_tokenizer):
+    """Eight raw prompts, of which the start and the length leave four."""
+    tokenizer = make_tokenizer()
+    config = DataConfig(path="unused", prepare=Preparation(start_text="saw", length=2))
+    raw = [
+        f"{who} saw the {what} {end}"
+        for what in ("red", "blue", "film", "good")
+        for who, end in (("I", "it"), ("it", "I"))
+    ]
+    rows = [{"prompt": prompt, "completion": "bad"} for prompt in [*raw, "I was bad"]]
+    records = locate_records(rows)
+    texts = PromptsOfTexts(records, config, tokenizer)
+    pairs = read_demonstrations(records, tokenizer, config, max_length=None)
+    assert len(pairs) == 8
+    for seed in range(4):
+        train, held_out = train_eval_split(pairs, 0.25, seed=seed, key=lambda pair: texts.key(pair[0]))
+        assert len(held_out) == 2 and len({pair[1].prompt_ids for pair in held_out}) == 1
+        assert not {pair[1].prompt_ids for pair in held_out} & {pair[1].prompt_ids for pair in train}
+        prompts = make_prompts(*texts.readable(record for record, _ in held_out)[:1], tokenizer, config)
+        kept = train_eval_split(make_prompts(rows, tokenizer, config), 0.25, seed=seed)[1]
+        assert [p.ids for p in prompts] == [p.ids for p in kept] == [pair[1].prompt_ids for pair in held_out]
+        assert [texts.key(record) for record, _ in held_out] == [prompt_key(p) for p in prompts]
 
 
 def test_refusals():

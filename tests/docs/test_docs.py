@@ -16,10 +16,12 @@ import tyro
 
 import tropism
 from tiny_models import tiny_model, tiny_tokenizer
+from tiny_reward_models import FACTS, tiny_reward_model
 from tiny_runs import METHODS, Setting, assemble, execute
 from tropism.algorithms import ALGORITHMS
 from tropism.commands import COMMANDS
 from tropism.config import Recipe, algorithm_from
+from tropism.models.reward_files import save_reward_model
 from tropism.rewards import RewardConfig
 from tropism.safe_yaml import parse_yaml, read_yaml
 from tropism.schema import field_docs
@@ -115,6 +117,8 @@ def tiny_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     monkeypatch.setattr(loading, "_load_gguf", load_tiny)
     monkeypatch.setattr(build, "run_recipe", run_small)
     monkeypatch.chdir(tmp_path)
+    model, tokenizer = tiny_reward_model("llama")  # that pages suppose to be there
+    save_reward_model(model, tokenizer, tmp_path / "runs" / "my-rm" / "model", FACTS)
     methods, rewards = dict(ALGORITHMS), dict(registry._registered)
     yield
     for now, before in ((ALGORITHMS, methods), (registry._registered, rewards)):
@@ -217,7 +221,9 @@ TABLES = {
     tropism.KLControl: "methods/ppo.md",
     tropism.Critic: "methods/ppo.md",
     tropism.MissingEos: "methods/ppo.md",
+    tropism.Normalisation: "methods/reward-model.md",
     tropism.Sampling: "sampling.md",
+    tropism.Truncation: "sampling.md",
     tropism.TrainerConfig: "training.md",
     tropism.OptimizerConfig: "training.md",
     tropism.EvaluationConfig: "training.md",

@@ -64,12 +64,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
             figure.savefig(out, format="png", dpi=25)
         return out.getvalue()
 
-    monkeypatch.setattr("tropism.evaluation.steerability_files._rendered", draw)
+    monkeypatch.setattr("tropism.evaluation.steerability_files.rendered", draw)
 
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tropism.evaluation.steerability_files._rendered", lambda figure, kind: kind.encode())
+    monkeypatch.setattr("tropism.evaluation.steerability_files.rendered", lambda figure, kind: kind.encode())
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,8 @@ def by_library(model: Any, algorithm: Any, run: Path, lora: LoRA | None) -> tupl
     collects = [row for row in rows if row["kind"] == "collect"]
     updates = [row for row in rows if row["kind"] == "update"]
     epochs = len(updates) // STEPS
-    losses = [sum(v for k, v in row.items() if k.startswith("loss/")) for row in updates[epochs - 1 :: epochs]]
+    last = updates[epochs - 1 :: epochs]
+    losses = [sum(v for k, v in row.items() if k.startswith("loss/") and k != "loss/total") for row in last]
     return result.policy.policy, {
         "reward": [row["reward/mean"] for row in collects],
         "sequence_kl": [row["policy/sequence_kl"] for row in collects],

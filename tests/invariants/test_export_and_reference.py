@@ -17,7 +17,7 @@ from tropism.training.checkpoint import list_checkpoints, read_checkpoint
 IDS = torch.tensor([[5, 9, 11, 7, 3, 30, 2, 8], [1, 2, 2, 36, 20, 6, 6, 4]])
 
 
-@pytest.mark.parametrize("setting", ALL_SETTINGS + PARTIAL_SETTINGS, ids=str)
+@pytest.mark.parametrize("setting", [s for s in ALL_SETTINGS + PARTIAL_SETTINGS if s.trains_policy], ids=str)
 def test_exported_model_has_the_logits_of_the_trained_one(setting: Setting, tmp_path: Path) -> None:
     assembly = execute(assemble(setting, tmp_path / "run"), export=True)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
@@ -31,7 +31,7 @@ def test_exported_model_has_the_logits_of_the_trained_one(setting: Setting, tmp_
     assert tokenizer("a cat")["input_ids"] == assembly.loaded.tokenizer("a cat")["input_ids"]
 
 
-@pytest.mark.parametrize("setting", SETTINGS + PARTIAL_SETTINGS, ids=str)
+@pytest.mark.parametrize("setting", [s for s in SETTINGS + PARTIAL_SETTINGS if s.trains_policy], ids=str)
 def test_reference_never_moves(setting: Setting, tmp_path: Path) -> None:
     assembly = assemble(setting, tmp_path / "run")
     reference = assembly.reference or Reference(assembly.policy)

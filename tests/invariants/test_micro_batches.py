@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tiny_runs import ALL_SETTINGS, METHODS, PARTIAL_SETTINGS, Setting, assemble
-from tropism.algorithms import GRPO, PPO, RLOO, AlgorithmConfig, Critic, KLControl
+from tiny_runs import ALL_SETTINGS, JUDGED, METHODS, PARTIAL_SETTINGS, Setting, assemble
+from tropism.algorithms import GRPO, PPO, RLOO, AlgorithmConfig, Critic, KLControl, RewardModeling
 from tropism.build import Assembly
 from tropism.types import Batch, Metrics
 
@@ -85,6 +85,51 @@ def test_every_variant(name: str, tmp_path: Path) -> None:
     setting = Setting(algorithm.name, False, "llama")
     assert setting.method in METHODS
     assert_independent_of_split(assemble(setting, tmp_path / "run", algorithm=algorithm))
+
+
+RATED = [
+    {"prompt": item["prompt"], "completion": text, "rating": float(3 * place - row)}
+    for row, item in enumerate(JUDGED[:4])
+    for place, text in enumerate(item["completions"][: 1 + row % 2])
+]
+JUDGEMENTS: dict[str, tuple[RewardModeling, list[dict[str, Any]]]] = {
+    "pairs with margins and ties": (
+        RewardModeling(margin=0.5, label_smoothing=0.1),
+        [
+            {"chosen": "a cat sat on a mat.", "rejected": "oh!"},
+            {"chosen": "no, no.", "rejected": "it is so, my friend.", "tie": True},
+            {"chosen": "we ran", "rejected": "a dog", "margin": 1.5},
+            {"chosen": "oh", "rejected": "no"},
+        ],
+    ),
+    "ratings": (RewardModeling(), RATED),
+    "differences": (
+        RewardModeling(),
+        [
+            {"prompt": "a", "completions": item["completions"][:2], "difference": len(item["prompt"]) - 5}
+            for item in JUDGED
+        ],
+    ),
+    "several numbers of completions, by annotators": (
+        RewardModeling(varied_k=True, annotator_weights={"a": 0.5, "b": 2.0}),
+        [
+            {
+                "completions": item["completions"][: 2 + row % 2],
+                "choice": row % 2,
+                "annotator": "ab"[row // 3],
+            }
+            for row, item in enumerate(JUDGED)
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", JUDGEMENTS)
+def test_every_kind_of_judgement(name: str, tmp_path: Path) -> None:
+    algorithm, data = JUDGEMENTS[name]
+    setting = Setting("reward-model", False, "llama")
+    assembly = assemble(setting, tmp_path / "run", algorithm=algorithm, data=data, normalise=None)
+    assert_independent_of_split(assembly)
 
 
 BF16_SPLIT = 0.03

@@ -30,7 +30,7 @@ from tiny_runs import (
     stop_after,
     weights_of,
 )
-from tropism.build import Assembly
+from tropism.build import Assembly, assembly_for
 from tropism.data.config import DataConfig
 from tropism.models.lora import LoRA, add_lora
 from tropism.rewards import RewardConfig
@@ -43,7 +43,8 @@ from tropism.training.state import optimizer_state
 
 LLAMA = {name: Setting(name, False, "llama") for name in ("sft", *ON_POLICY)}
 
-UPDATES = {"sft": 4, "ppo": 8, "grpo": 8, "rloo": 8, "conditioned": 4, "conditioned-online": 8, "quark": 8}
+UPDATES = {"ppo": 8, "grpo": 8, "rloo": 8, "conditioned-online": 8, "quark": 8, "sft": 4, "conditioned": 4}
+UPDATES |= {"reward-model": 4}
 """One per step where nothing is sampled; else two steps of two epochs of two minibatches, or of four batches."""
 
 
@@ -318,6 +319,6 @@ def test_the_exported_model_of_an_interrupted_run(setting: Setting, tmp_path: Pa
 def test_global_random_states_stay_as_they_are(setting: Setting, tmp_path: Path) -> None:
     recipe = make_recipe(setting, tmp_path / "run", eval_data=setting.texts[:2])  # with a model, for which torch draws
     before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
-    execute(Assembly(recipe), export=True)
+    execute(assembly_for(recipe)(recipe), export=True)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (random.getstate(), repr(np.random.get_state())) == before[1:]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tiny_runs import PROMPTS, SETTINGS, Setting, early_letters, logged, make_recipe
+from tiny_runs import JUDGED_APART, PROMPTS, SETTINGS, Setting, early_letters, logged, make_recipe
 from tropism.build import run_recipe
 from tropism.rewards import RewardConfig
 from tropism.training.config import EvaluationConfig
@@ -43,10 +44,15 @@ def test_reward_rises(setting: Setting, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("setting", [s for s in SETTINGS if s.algorithm.reads != "prompts"], ids=str)
 def test_held_out_loss_falls(setting: Setting, tmp_path: Path) -> None:
+    held_out: dict[str, list[Any]] = {
+        "demonstrations": HELD_OUT,
+        "scored": HELD_OUT_SCORED,
+        "comparisons": JUDGED_APART,
+    }
     recipe = make_recipe(
         setting,
         tmp_path / "run",
-        eval_data=HELD_OUT_SCORED if setting.algorithm.reads == "scored" else HELD_OUT,
+        eval_data=held_out[setting.algorithm.reads],
         total_steps=15,
         trainer={"learning_rate": 1e-2, "evaluation": EvaluationConfig(every=5)},
     )

@@ -1,4 +1,7 @@
-"""Every recipe parses strictly, and trains two steps of a tiny model on local data, leaving a complete run folder."""
+"""Every recipe parses strictly, and trains two steps of a tiny model on local data, leaving a complete run folder.
+
+Those of lm-human-preferences have further tests in test_lm_human_preferences.py.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tropism.algorithms import ALGORITHMS
 from tropism.cli import main
@@ -19,10 +22,26 @@ from tropism.rewards import RewardHarness
 from tropism.types import RewardInputs
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = {path.name: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
+FOLDER = ROOT / "recipes"
+RECIPES = {path.relative_to(FOLDER).as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
 FILMS = ROOT / "src" / "tropism" / "demo_data"
 
+QUERIES = ("--data.path", "{judged}/books.jsonl", "--data.subset=null", "--data.limit=8", "--data.prepare.length=16")
+LABELS = (
+    *("--data.path", "{judged}/labels.json", "--data.limit", "8", "--data.eval_fraction", "0.3"),
+    *("--normalise.policy", "{judged}/stories", "--normalise.samples", "4"),
+    *(word.replace("--data.", "--normalise.data.") for word in QUERIES),
+    *("--sampling.truncation.after", "2"),
+)
+PPO_ON_LABELS = (*QUERIES, "--eval_data", "{judged}/books.jsonl", "--sampling.truncation.after", "2")
+TASKS = ("sentiment", "descriptiveness", "cnndm", "tldr")
+
 LOCAL: dict[str, tuple[str, ...]] = {
+    **{f"lm-human-preferences/{task}-reward.yaml": LABELS for task in TASKS},
+    **{
+        f"lm-human-preferences/{task}-policy.yaml": (*PPO_ON_LABELS, f"--reward.{task}.use", "{judged}/reward")
+        for task in TASKS
+    },
     "conditioned-imdb.yaml": (
         *("--data.path", "{scored}/imdb.jsonl", "--reward", "vader"),
         *("--eval_data.path", "{shared}/data/imdb/small_test.jsonl.gz", "--eval_data.limit", "3"),
@@ -46,6 +65,15 @@ LOCAL: dict[str, tuple[str, ...]] = {
         *("--data", f"{FILMS}/train.txt", "--eval_data", f"{FILMS}/held_out.txt"),
         *("--algorithm.quantiles", "2", "--algorithm.updates", "1"),
     ),
+    "ppo-movies.yaml": (
+        *("--data", f"{FILMS}/train.txt", "--eval_data", f"{FILMS}/held_out.txt"),
+        *("--reward.taste.use", "{judged}/reward"),
+    ),
+    "reward-model-movies.yaml": (
+        *("--data.path", "{shared}/data/movie_ratings/best_of_4.jsonl.gz", "--data.limit", "40"),
+        *("--normalise.policy", "{judged}/stories", "--normalise.samples", "4", "--normalise.check", "4"),
+        *("--normalise.data", f"{FILMS}/train.txt"),
+    ),
     "rloo-brief-and-kind.yaml": (
         "--data.path",
         f"{FILMS}/train.txt",
@@ -67,8 +95,11 @@ def test_every_recipe_is_smoke_run_and_every_method_has_one() -> None:
 def test_the_command_in_the_comment_is_that_of_the_recipe(name: str) -> None:
     text = RECIPES[name].read_text()
     assert text.startswith("# ")
-    assert re.findall(r"tropism train (\S+)", text)
-    assert set(re.findall(r"tropism train (\S+)", text)) == {f"recipes/{name}"}
+    named = re.findall(r"tropism train (\S+)", text)
+    # One of a policy and a reward model that belong together may name both.
+    assert f"recipes/{name}" in named
+    assert {word.removeprefix("recipes/") for word in named} <= RECIPES.keys()
+    assert len(set(named)) == 1 or "reward-model-movies.yaml" in text
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -96,15 +127,55 @@ def scored(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def book(number: int) -> str:
+    """A text with what the preparations look for: full stops, line breaks, something before and behind."""
+    return f"It was day {number}. One day the cat sat.\nIt ran to the big mat. The dog said no.\nThe end of it"
+
+
+@pytest.fixture(scope="module")
+def judged(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with stand-ins for what is on the hub: label files of the source's format in the ids of the tiny model's
+    tokenizer, books, a reward model that was trained on these labels, and a link to the tiny model itself."""
+    folder = tmp_path_factory.mktemp("judged")
+    (folder / "stories").symlink_to(stories)
+    columns = ("text", "article", "prompt")
+    books = [dict.fromkeys(columns, book(number)) for number in range(12)]
+    (folder / "books.jsonl").write_text("".join(json.dumps(record) + "\n" for record in books))
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+
+    def ids(text: str, length: int) -> list[int]:
+        found = tokenizer(text, add_special_tokens=False)["input_ids"][:length]
+        return [*found, *[50259] * (length - len(found))]
+
+    texts = ("she was very happy.", "he was sad and cold.", "it was a big red ball.", "they ran home")
+    labels = [
+        {
+            "query": ids(f"One day a cat sat on mat {row}.", 16),
+            **{f"sample{k}": ids(texts[(row + k) % 4], 12) for k in range(4)},
+            "best": -row % 4,
+        }
+        for row in range(8)
+    ]
+    (folder / "labels.json").write_text(json.dumps(labels))
+    recipe = RECIPES["lm-human-preferences/sentiment-reward.yaml"]
+    arguments = [
+        *("--model", str(stories), "--run", str(folder / "reward"), "--total_steps", "1", "--prompts_per_step", "2"),
+        *("--sampling.max_new_tokens", "8", "--trainer.progress", "false"),
+        *(word.format(judged=folder) for word in LABELS),
+    ]
+    assert main(["train", str(recipe), *arguments]) == 0
+    return folder
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_runs(name: str, stories: Path, shared: Path, scored: Path, tmp_path: Path) -> None:
+def test_a_recipe_runs(name: str, stories: Path, shared: Path, scored: Path, judged: Path, tmp_path: Path) -> None:
     recipe = Recipe.from_file(RECIPES[name])
     on_policy = recipe.algorithm.on_policy
     run = tmp_path / "run"
     arguments = [
         *("--model", str(stories), "--run", str(run), "--total_steps", "2", "--prompts_per_step", "2"),
         *("--sampling.max_new_tokens", "8", "--trainer.evaluation.every", "1", "--trainer.progress", "false"),
-        *(word.format(shared=shared, scored=scored) for word in LOCAL[name]),
+        *(word.format(shared=shared, scored=scored, judged=judged) for word in LOCAL[name]),
         *(("--algorithm.group_size", "2") if on_policy else ()),
     ]
     assert main(["train", str(RECIPES[name]), *arguments]) == 0
@@ -122,7 +193,8 @@ def test_a_recipe_runs(name: str, stories: Path, shared: Path, scored: Path, tmp
         assert (run / "evaluations" / "step-000002.parquet").is_file()
     assert list((run / "checkpoints").iterdir())
     assert (run / "environment.json").is_file() and (run / "report.html").is_file()
-    AutoModelForCausalLM.from_pretrained(run / "model")
+    kind = AutoModelForSequenceClassification if recipe.algorithm.reads == "comparisons" else AutoModelForCausalLM
+    kind.from_pretrained(run / "model")
     AutoTokenizer.from_pretrained(run / "model")
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 import torch
 import yaml
 
+from tiny_reward_models import FACTS, NORMAL, tiny_reward_model
+from tropism.models.reward_files import save_reward_model
 from tropism.rewards import RewardConfig, RewardHarness, RewardTerm, registry, reward_names
 from tropism.types import RewardInputs
 
@@ -27,7 +30,16 @@ def own_names() -> Iterator[None]:
     registry._registered.update(before)
 
 
-def test_python_examples_run(own_names: None) -> None:
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory with the reward model of the page in it."""
+    model, tokenizer = tiny_reward_model("llama")
+    save_reward_model(model, tokenizer, tmp_path / "runs" / "my-rm" / "model", replace(FACTS, normalised=NORMAL))
+    (tmp_path / "runs" / "my-rm" / "recipe.yaml").write_text("algorithm: {name: reward-model}\n")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_python_examples_run(own_names: None, trained: None) -> None:
     scope: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
         exec(block, scope)
@@ -37,18 +49,17 @@ def test_python_examples_run(own_names: None) -> None:
     assert batch.terms["polite"].tolist() == [1.0, 0.0]  # type: ignore[attr-defined]
 
 
-def test_recipe_examples_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_recipe_examples_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trained: None) -> None:
     blocks = [yaml.safe_load(block)["reward"] for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
     pytest.importorskip("vaderSentiment")
     monkeypatch.setenv("JUDGE_TOKEN", "Bearer x")
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "judge.py").write_text("def score(completions):\n    return [1.0] * len(completions)\n")
     terms = []
     for block in blocks:
         harness = RewardHarness(RewardConfig.of(block), allow_code=True)
         terms.append(list(harness.terms))
         harness.close()
-    assert terms == [["warmth", "brevity", "watched"], ["judge", "short"], ["remote"]]
+    assert terms == [["warmth", "brevity", "watched"], ["judge", "short"], ["remote"], ["my-rm"], ["liked", "short"]]
 
 
 def test_the_server_of_the_page_answers(own_names: None) -> None:
@@ -78,4 +89,4 @@ def test_the_table_of_settings_holds_the_defaults() -> None:
 
 def test_every_registered_reward_is_on_the_page() -> None:
     table = PAGE.partition("## Rewards that have a name")[2]
-    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(registry.FACTORIES)
+    assert set(re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE)) == set(registry.FACTORIES)

@@ -44,6 +44,10 @@ def test_lines_where_they_are_wanted(capsys: pytest.CaptureFixture[str]) -> None
     assert lines == ["step 1/3  reward 0.123  KL 1.50  812 tok/s", "step 3/3  reward 0.123  KL 1.50  812 tok/s"]
 
 
+def test_a_step_that_samples_nothing_has_no_speed() -> None:
+    assert Live.text({"loss/nll": 2.0, "throughput/tokens_per_second": 0.0}) == "loss 2.000"
+
+
 def test_the_bar_shows_reward_kl_and_speed() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     with Progress(TextColumn("{task.fields[numbers]}"), console=console) as progress:

@@ -220,6 +220,7 @@ def test_metrics_of_a_collect_by_hand() -> None:
         "rollout/empty_fraction": 0.25,
         "rollout/distinct": 0.75,
         "policy/sequence_kl": 0.5 * 7 / 4,
+        "policy/sequence_entropy": (3.0 + 1.0 + 4.0 + 4.0) / 4,
         "reward/zero_variance_groups": 0.5,
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)

@@ -8,6 +8,7 @@ from tropism.algorithms.grpo import GRPO
 from tropism.algorithms.kl_control import KLControl
 from tropism.algorithms.ppo import PPO, Critic, MissingEos
 from tropism.algorithms.quark import Quark
+from tropism.algorithms.reward_modeling import RewardModeling
 from tropism.algorithms.rloo import RLOO
 from tropism.algorithms.sft import SFT
 
@@ -18,6 +19,7 @@ ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "rloo": RLOO,
     "conditioned": RewardConditioned,
     "quark": Quark,
+    "reward-model": RewardModeling,
 }
 
 __all__ = [
@@ -33,4 +35,5 @@ __all__ = [
     "Online",
     "Quark",
     "RewardConditioned",
+    "RewardModeling",
 ]

@@ -88,8 +88,9 @@ class AlgorithmConfig(ABC):
     learns_from: ClassVar[str] = "its own completions, rewarded"
 
     @property
-    def reads(self) -> Literal["prompts", "demonstrations", "scored"]:
-        """What its data is: prompts to sample completions of, texts to imitate, or texts with their rewards."""
+    def reads(self) -> Literal["prompts", "demonstrations", "scored", "comparisons"]:
+        """What its data is: prompts to sample completions of, texts to imitate, texts with their rewards, or what
+        people said about completions."""
         return "prompts"
 
     @property
@@ -121,6 +122,11 @@ class AlgorithmConfig(ABC):
     def needs_exact_kl(self) -> bool:
         """Whether its loss has the KL to the reference over the whole vocabulary (``Policy.reference_logits``)."""
         return False
+
+    @property
+    def score_without_end(self) -> float | None:
+        """What replaces the reward of completions that the length limit cut; None: they keep it."""
+        return None
 
     @property
     def head_rate(self) -> float:

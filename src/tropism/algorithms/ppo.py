@@ -31,6 +31,7 @@ from tropism.ops import (
     gae,
     kl_k1,
     kl_k2,
+    masked_mean,
     masked_sum,
     masked_whiten,
     penalised_rewards,
@@ -120,6 +121,10 @@ class PPO(OnPolicyConfig):
     def head_rate(self) -> float:
         return self.critic.rate
 
+    @property
+    def score_without_end(self) -> float | None:
+        return self.missing_eos.score
+
     def build(self, facts: RunFacts) -> PPOAlgorithm:
         return PPOAlgorithm(self, facts)
 
@@ -130,6 +135,8 @@ class PPOAlgorithm(OnPolicyAlgorithm[PPO]):
     def __init__(self, config: PPO, facts: RunFacts) -> None:
         super().__init__(config, facts)
         self.kl_coef = config.kl_coef
+        self.objective: Metrics = {}
+        """What the last batch was made of, for ``collect_metrics``."""
 
     def make_batch(
         self, policy: Scorer, reference: Scorer | None, rollouts: Rollouts, rewards: RewardBatch
@@ -138,8 +145,9 @@ class PPOAlgorithm(OnPolicyAlgorithm[PPO]):
         ref_logprobs = reference_logprobs(reference, rollouts)
         values, after = self._values(policy, rollouts)
         token_rewards = self._token_rewards(rollouts, rewards)
+        kl = kl_k1(rollouts.logprobs, ref_logprobs)
+        self.objective = self._objective(token_rewards, kl * mask, rewards.scored)
         if config.kl.place == "reward":
-            kl = kl_k1(rollouts.logprobs, ref_logprobs)
             token_rewards = penalised_rewards(token_rewards, kl, mask, kl_coef=self.kl_coef)
         loss_mask = mask & rewards.scored[:, None]
         if config.whiten_rewards and bool(loss_mask.any()):
@@ -172,6 +180,14 @@ class PPOAlgorithm(OnPolicyAlgorithm[PPO]):
         changed = replace(rewards, per_completion=completion, per_token=per_token)
         return changed.by_token(rollouts.completion_lengths, rollouts.completion_ids.shape[1])
 
+    def _objective(self, token_rewards: Tensor, kl: Tensor, scored: Tensor) -> Metrics:
+        """What is maximised, over the scored completions, with the coefficient that this collect pays."""
+        metrics = {"policy/kl_coef_used": self.kl_coef}
+        if bool(scored.any()):
+            reward, paid = float(token_rewards[scored].sum(-1).mean()), float(kl[scored].sum(-1).mean())
+            metrics |= {"reward/effective": reward, "reward/net": reward - self.kl_coef * paid}
+        return metrics
+
     def prepare(self, batch: PolicyBatch) -> PolicyBatch:
         if not self.config.whiten_advantages or not bool(batch.loss_mask.any()):
             return batch
@@ -193,16 +209,27 @@ class PPOAlgorithm(OnPolicyAlgorithm[PPO]):
             sums["entropy"] = -config.entropy_coef * masked_sum(output.entropy, mask)
         clipped = clipped_tokens(output.logprobs, batch.old_logprobs, batch.advantages, **clip)
         ratios = policy_ratios(output.logprobs, output.entropy, clipped, batch)
-        ratios["value/mean"] = (masked_sum(output.values.detach(), mask), mask.sum())
-        ratios["value/error"] = (masked_sum((output.values.detach() - batch.returns) ** 2, mask), mask.sum())
-        return sums, ratios
+        drift = kl_k2(batch.old_logprobs, output.logprobs.detach())
+        ratios["policy/approx_kl_k2"] = (masked_sum(drift, mask), mask.sum())
+        ratios["loss/total"] = (torch.stack([value.detach() for value in sums.values()]).sum(), mask.sum())
+        return sums, ratios | self._critic_ratios(output.values.detach(), value_loss.detach(), batch)
+
+    @staticmethod
+    def _critic_ratios(values: Tensor, value_loss: Tensor, batch: PolicyBatch) -> Ratios:
+        mask, error = batch.loss_mask, (values - batch.returns) ** 2
+        numbers = {"value/mean": values, "value/error": error, "value/clip_fraction": 2 * value_loss > error}
+        return {name: (masked_sum(number, mask), mask.sum()) for name, number in numbers.items()}
 
     def weight(self, batch: PolicyBatch) -> dict[str, float]:
         return dict.fromkeys(("policy", "value", "kl", "entropy"), count_tokens(batch))
 
     def collect_metrics(self, batch: PolicyBatch) -> Metrics:
-        explained = explained_variance(batch.old_values, batch.returns, batch.loss_mask)
-        return {"value/explained_variance": float(explained)}
+        mask = batch.loss_mask
+        explained = float(explained_variance(batch.old_values, batch.returns, mask))
+        metrics = {**self.objective, "value/explained_variance": explained}
+        metrics["value/return_mean"], metrics["value/return_var"] = _moments(batch.returns, mask)
+        metrics["value/old_mean"], metrics["value/old_var"] = _moments(batch.old_values, mask)
+        return metrics
 
     def after_collect(self, stats: CollectStats) -> Metrics:
         self.kl_coef = self.config.kl.next_coefficient(
@@ -215,3 +242,9 @@ class PPOAlgorithm(OnPolicyAlgorithm[PPO]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.kl_coef = float(state["kl_coef"])
+
+
+def _moments(values: Tensor, mask: Tensor) -> tuple[float, float]:
+    """Mean and population variance of the unmasked entries."""
+    mean = masked_mean(values, mask)
+    return float(mean), float(masked_mean((values - mean) ** 2, mask))

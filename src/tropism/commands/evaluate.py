@@ -14,6 +14,8 @@ import numpy as np
 import tyro
 
 from tropism.commands.console import console, tell
+from tropism.commands.evaluate_reward_model import is_of_reward_model
+from tropism.commands.evaluate_reward_model import measure as measure_reward_model
 from tropism.commands.recipe_arguments import (
     refuse_python_objects,
     run_recipe_mapping,
@@ -40,6 +42,7 @@ _NO_JSON = (float("inf"), -float("inf"))
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Score held-out completions. Of a run, its recipe says how, and the model it started from is scored beside it.
+    The scores of a reward model are compared with held-out judgements of people.
 
     Fields of the recipe can be changed as for tropism train, for example --sampling.temperature 0.7.
     """
@@ -47,14 +50,14 @@ class Options:
     source: tyro.conf.Positional[str]
     """A run folder, or a model: folder, .gguf file, hub id, or "demo"."""
     data: str | None = None
-    """File or hub id with the prompts; None: what the run held out."""
+    """File or hub id with the prompts, or for a reward model with judgements; None: what the run held out."""
     reward: str | None = None
     """A registered reward, or file.py:function with --allow-code; None: the run's."""
     n: int | None = None
-    """Use at most so many prompts; None: all."""
+    """Use at most so many prompts or judgements; None: all."""
     out: Path | None = None
     """Write every prompt, completion and reward to this .parquet or .json file; with --steerability, everything into
-    this folder (None: the run's folder steerability)."""
+    this folder (None: the run's folder steerability), and of a reward model, too (None: its folder choices)."""
     steerability: bool = False
     """Of a run that was told rewards: ask for many, and measure how closely it gives what it is asked for."""
     targets: tuple[float, ...] = ()
@@ -80,6 +83,9 @@ def run(arguments: Sequence[str]) -> None:
     )
     if options.n is not None and options.n < 1:
         raise ConfigError(f"--n must be at least 1, got {options.n}")
+    if is_of_reward_model(options.source):
+        measure_reward_model(options, overrides)
+        return
     if options.steerability:
         from tropism.commands.steerability import measure
 
@@ -127,12 +133,13 @@ def _recipe(options: Options, overrides: Sequence[str]) -> Recipe:
     else:
         missing = [f"--{name}" for name in ("data", "reward") if getattr(options, name) is None]
         if missing:
-            raise ConfigError(f"{options.source} is no run folder, so {' and '.join(missing)} must say what to score")
+            problem = "is no run folder" if folder.exists() else "is not there"
+            raise ConfigError(f"{options.source} {problem}; of a model, {' and '.join(missing)} must say what to score")
         mapping = {"model": options.source, "algorithm": "grpo", "data": options.data}
     if options.reward is not None:
         mapping["reward"] = options.reward
     if options.data is not None:
-        mapping["data"], mapping["eval_data"] = _with_path(mapping["data"], options.data), None
+        mapping["data"], mapping["eval_data"] = with_path(mapping["data"], options.data), None
     mapping = with_overrides(mapping, overrides)
     refuse_python_objects({name: mapping.get(name) for name in ("data", "eval_data")}, folder)
     recipe = Recipe.from_mapping(mapping)
@@ -141,7 +148,7 @@ def _recipe(options: Options, overrides: Sequence[str]) -> Recipe:
     return recipe
 
 
-def _with_path(data: Any, path: str) -> Any:
+def with_path(data: Any, path: str) -> Any:
     """How a run's records become prompts, with other records."""
     if not isinstance(data, dict):
         return path

@@ -109,8 +109,6 @@ def _show_prompts(
     recipe: Recipe, loaded: LoadedModel, prompts: Sequence[Prompt], held_out: Sequence[Prompt], options: Options
 ) -> None:
     """Prompts, each with a few sampled tokens, so that the mask of what is learned can be seen."""
-    from dataclasses import replace
-
     from tropism.data.files import shown as described
     from tropism.models.policy import Policy
     from tropism.rollouts.engine import EmbeddedSampler
@@ -118,7 +116,7 @@ def _show_prompts(
 
     out, shown = console(), prompts[: options.rows]
     new = min(SAMPLED, recipe.sampling.max_new_tokens)
-    sampling = replace(recipe.sampling, max_new_tokens=new, min_new_tokens=min(new, recipe.sampling.min_new_tokens))
+    sampling = recipe.sampling.shortened(new)
     sampler = EmbeddedSampler(loaded.tokenizer, loaded.tokens.eos_ids)
     key = StreamKey(seed=recipe.seed, purpose="checks")
     tokens = sampler.generate(Policy(loaded.model), shown, sampling, 1, key=key).to("cpu")

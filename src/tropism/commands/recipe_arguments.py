@@ -64,6 +64,7 @@ def with_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dict
     Raises:
         ConfigError: an override that cannot be, or a file that lets a model's code run where no override does.
     """
+    overrides = _whole_words_named(overrides)
     keys = [word[2:].partition("=")[0] for word in overrides if word.startswith("--")]
     merged = dict(mapping)
     for section, field in SHORTHANDS.items():
@@ -73,6 +74,19 @@ def with_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dict
     if not {"model", "model.trust_remote_code"} & set(keys):
         refuse_trust(merged, "the recipe")
     return merged
+
+
+def _whole_words_named(overrides: Sequence[str]) -> list[str]:
+    """``--data FILE`` as ``--data.path FILE`` where the same words set other keys of ``data``."""
+    parts = [word[2:].partition("=")[0] for word in overrides if word.startswith("--")]
+    named = []
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        section = key.removeprefix("--")
+        if key.startswith("--") and section in SHORTHANDS and any(part.startswith(f"{section}.") for part in parts):
+            key = f"{key}.{SHORTHANDS[section]}"
+        named.append(key + equals + value)
+    return named
 
 
 def run_recipe_mapping(folder: Path) -> dict[str, Any]:
@@ -98,8 +112,10 @@ def refuse_python_objects(mapping: Mapping[str, Any], folder: Path) -> None:
     Raises:
         ConfigError: names the first such field.
     """
-    for name in ("model", "data", "eval_data"):
-        value = mapping.get(name)
+    normalise = mapping.get("normalise")
+    inner = normalise if isinstance(normalise, Mapping) else {}
+    given = {name: mapping.get(name) for name in ("model", "data", "eval_data")}
+    for name, value in (given | {f"normalise.{name}": inner.get(name) for name in ("policy", "data")}).items():
         if was_given_from_python(value):
             raise ConfigError(
                 f"{name}: the run {folder} was given {str(value).strip('<>')}, which its recipe.yaml cannot hold; "

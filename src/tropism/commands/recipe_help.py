@@ -80,7 +80,7 @@ def _sections(recipe: Any) -> Iterator[tuple[str, type[Any], str, Any]]:
     """Title, class, prefix and instance of each section."""
     from tropism.algorithms import ALGORITHMS
     from tropism.config import Recipe
-    from tropism.data.config import DataConfig
+    from tropism.data.config import DataConfig, Preparation
     from tropism.models.loading import ModelConfig
     from tropism.models.lora import LoRA
     from tropism.rewards import RewardConfig, RewardTerm
@@ -96,7 +96,9 @@ def _sections(recipe: Any) -> Iterator[tuple[str, type[Any], str, Any]]:
         if recipe is None or recipe.algorithm.name == name:
             yield f"algorithm: {name}", method, "algorithm.", part("algorithm", method)
     yield "model", ModelConfig, "model.", part("model", ModelConfig)
-    yield "data (and eval_data)", DataConfig, "data.", part("data", DataConfig)
+    data = part("data", DataConfig)
+    yield "data (and eval_data)", DataConfig, "data.", data
+    yield "data.prepare (and eval_data.prepare)", Preparation, "data.prepare.", getattr(data, "prepare", None)
     yield "reward", RewardConfig, "reward.", part("reward", RewardConfig)
     terms = getattr(part("reward", RewardConfig), "terms", {"NAME": None})
     for name, term in terms.items():

@@ -59,32 +59,59 @@ def run(arguments: Sequence[str]) -> None:
     profile = "profile" in words.flags
     if profile:
         os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's own messages; read when torch is imported
-    from tropism.build import Assembly, run_recipe
+    from tropism.build import run_recipe
     from tropism.commands.quiet import quieten_libraries
     from tropism.config import Recipe, free_run, resume_command
+    from tropism.reward_recipes import is_begun, is_trained, reward_recipes, with_placeholders, with_trained_rewards
 
     quieten_libraries()
     recipe = Recipe.from_mapping(mapping)
     if resume and recipe.run is None:
         raise ConfigError("--resume needs to know the run: tropism train --resume RUN_FOLDER")
     allow_code = "allow_code" in words.flags
+    named = recipe if recipe.run is not None else replace(recipe, run=str(free_run(recipe.algorithm.name)))
     if "dry_run" in words.flags:
-        assembled = Assembly(recipe, resume=resume, allow_code=allow_code)
-        if profile:
-            assembled.profile_a_step()
-        assembled.check()
-        if assembled.processes.is_main:
-            _show_dry_run(assembled)
+        for first in reward_recipes(named).values():
+            if not is_trained(first):
+                console().print(f"to be trained first, in {first.run}:", soft_wrap=True)
+                _dry_run(first, first, resume=is_begun(first), allow_code=allow_code, profile=False)
+        _dry_run(with_placeholders(named), recipe, resume=resume, allow_code=allow_code, profile=profile)
         return
-    if recipe.run is None:
-        recipe = replace(recipe, run=str(free_run(recipe.algorithm.name)))
-    folder = Path(str(recipe.run))
+    named = with_trained_rewards(named, lambda first, goes_on: _train_first(first, goes_on, allow_code=allow_code))
+    folder = Path(str(named.run))
     with_interrupts_told(
-        lambda: run_recipe(recipe, resume=resume, allow_code=allow_code, profile=profile),
+        lambda: run_recipe(named, resume=resume, allow_code=allow_code, profile=profile),
         folder,
         resume_command(folder, allow_code=allow_code),
     )
-    _show_end(recipe)
+    _show_end(named)
+
+
+def _train_first(recipe: Recipe, resume: bool, *, allow_code: bool) -> None:
+    """Train a reward model that a recipe names by its own."""
+    from tropism.build import run_recipe
+
+    with_interrupts_told(
+        lambda: run_recipe(recipe, resume=resume, allow_code=allow_code),
+        Path(str(recipe.run)),
+        "the same command once more",
+    )
+
+
+def _dry_run(recipe: Recipe, shown: Recipe, *, resume: bool, allow_code: bool, profile: bool) -> None:
+    """Build everything and check it.
+
+    Args:
+        shown: the recipe as it was given.
+    """
+    from tropism.build import assembly_for
+
+    assembled = assembly_for(recipe)(recipe, resume=resume, allow_code=allow_code)
+    if profile:
+        assembled.profile_a_step()
+    assembled.check()
+    if assembled.processes.is_main:
+        _show_dry_run(assembled, shown)
 
 
 def with_interrupts_told(train: Any, folder: Path, command: str) -> Any:
@@ -136,8 +163,11 @@ def _help(words: Words) -> None:
     show_recipe_help(out, Recipe.from_mapping(mapping))
 
 
-def _show_dry_run(assembled: Any) -> None:
-    recipe: Recipe = assembled.recipe
+TEXTS = {"demonstrations": "demonstrations", "scored": "texts", "comparisons": "judgements"}
+"""What the items are called of methods that do not sample, by what they read."""
+
+
+def _show_dry_run(assembled: Any, recipe: Recipe) -> None:
     out = console()
     resumption = assembled.resumption
     for line in [] if resumption is None else [resumption.end] if resumption.finished else resumption.lines:
@@ -156,9 +186,10 @@ def _show_dry_run(assembled: Any) -> None:
             f"tokens {when}: at most {tokens:,}",
         ]
     else:
+        items = TEXTS[recipe.algorithm.reads]
         facts += [
-            f"demonstrations: {len(assembled.trainer.source.stream.items)}",
-            f"demonstrations per step: {recipe.prompts_per_step}",
+            f"{items}: {len(assembled.trainer.source.stream.items)}",
+            f"{items} per step: {recipe.prompts_per_step}",
         ]
     held_out = [len(evaluation) for evaluation in assembled.run.evaluations]
     facts += [
@@ -201,4 +232,14 @@ def _show_end(recipe: Recipe) -> None:
     folder = Path(str(recipe.run))
     out = console()
     out.print(f"model:  {folder / 'model'}\nreport: {folder / 'report.html'}", soft_wrap=True)
-    out.print(f'next:   tropism generate {folder} "..."', soft_wrap=True)
+    next_command = f'generate {folder} "..."'
+    if recipe.algorithm.reads == "comparisons":
+        next_command = f"evaluate {folder}" if _holds_out(recipe) else f"evaluate {folder} --data FILE"
+    out.print(f"next:   tropism {next_command}", soft_wrap=True)
+
+
+def _holds_out(recipe: Recipe) -> bool:
+    """Whether some of the data is kept from training."""
+    from tropism.data.config import DataConfig
+
+    return recipe.eval_data is not None or (isinstance(recipe.data, DataConfig) and recipe.data.eval_fraction > 0)

@@ -13,6 +13,37 @@ _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """How a raw text becomes a prompt, token by token: cleaned, started and ended at given tokens, cut, and framed."""
+
+    clean: Literal["news", "post"] | None = None
+    """`news` drops bylines, agency marks and highlights of an article and mends its characters; `post` mends those of a
+    forum post. Both need `pip install "tropism[text]"`. None leaves texts as they are."""
+    start_text: str | None = None
+    """One token, such as `.`: a text begins after the first of them; texts without it are skipped and counted."""
+    length: int | None = None
+    """Most tokens of a text, counted after `start_text`; what is longer loses its end."""
+    end_text: str | None = None
+    """One token: a text, cut to `length`, ends with the last of them; texts without it are skipped and counted."""
+    prefix: str = ""
+    """What the policy reads before the text; the reward does not."""
+    suffix: str = ""
+    """What the policy reads after the text; the reward does not."""
+
+    def __post_init__(self) -> None:
+        if self.clean not in (None, "news", "post"):
+            raise ConfigError(f"clean is {self.clean!r}; choose news or post, or leave it out")
+        for name in ("start_text", "end_text"):
+            if getattr(self, name) == "":
+                raise ConfigError(f"{name} is empty; name one token or leave it out")
+        for name in ("start_text", "end_text", "prefix", "suffix"):
+            if _NO_TEXT.search(getattr(self, name) or ""):
+                raise ConfigError(f"{name} holds a NUL or half a surrogate pair, which no text can; remove it")
+        if self.length is not None and self.length < 1:
+            raise ConfigError(f"length must be at least 1, got {self.length}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where prompts or demonstrations come from and how records become text."""
 
@@ -45,6 +76,8 @@ class DataConfig:
     overlong: Literal["error", "truncate_left"] = "error"
     """What becomes of a prompt that leaves no room for the completion: an error, or it loses its beginning (not the
     BOS). Demonstrations always lose their end."""
+    prepare: Preparation | None = None
+    """Clean-up and cuts of the prompt's text, and what the policy reads around it. None: the text is the prompt."""
 
     def __post_init__(self) -> None:
         for name in ("path", "split", "subset", "revision", "prompt_column", "completion_column", "template"):
@@ -67,6 +100,16 @@ class DataConfig:
             if self.first_words is not None:
                 raise ConfigError("first_words cuts the text of one column; name it in prompt_column, not in template")
             template_parts(self.template)
+        if self.prepare is not None:
+            self._check_prepare(self.prepare)
+
+    def _check_prepare(self, prepare: Preparation) -> None:
+        if self.chat or self.system_prompt is not None:
+            raise ConfigError("prepare is for plain text, not for chats; leave out chat and system_prompt, or prepare")
+        if self.first_words is not None:
+            raise ConfigError("first_words and prepare both cut texts; keep one of them (prepare.length counts tokens)")
+        if prepare.prefix and self.overlong == "truncate_left":
+            raise ConfigError("overlong: truncate_left would cut prepare.prefix off; set prepare.length instead")
 
 
 def template_parts(template: str) -> list[tuple[str, str | None]]:

@@ -15,7 +15,8 @@ import torch
 
 from tropism.data.columns import as_chat, choose_column, end_of_words, prompt_value, text_or_messages
 from tropism.data.config import DataConfig
-from tropism.data.encoding import encode_chat, encode_text, eos_id, render_chat
+from tropism.data.encoding import encode_bare, encode_chat, encode_text, eos_id, render_chat
+from tropism.data.preparation import Preparer, preparer_of
 from tropism.data.readers import Record, locate_records
 from tropism.errors import DataError
 from tropism.types import DemonstrationBatch, Messages, pad_rows
@@ -119,6 +120,7 @@ def encoded_texts(
         config = source
     records = locate_records(source)
     layout = layout_of(records, config)
+    preparer = preparer_of(tokenizer, config.prepare if config else None)
     made = too_short = too_long = merged = endless = 0
     for record in records:
         if config is not None and made == config.limit:
@@ -127,7 +129,14 @@ def encoded_texts(
         if texts is None:
             too_short += 1
             continue
-        ids, start, clean = encode_parts(tokenizer, *texts, where=record.where, shortest_prompt=shortest_prompt)
+        encoded: tuple[list[int], int, bool] | None
+        if preparer is None:
+            encoded = encode_parts(tokenizer, *texts, where=record.where, shortest_prompt=shortest_prompt)
+        else:
+            encoded = _encode_prepared(tokenizer, preparer, *texts, where=record.where)
+        if encoded is None:
+            continue
+        ids, start, clean = encoded
         merged += not clean
         endless += tokenizer.eos_token_id not in ids[start:]
         start = start if completion_only else shortest_prompt
@@ -137,10 +146,13 @@ def encoded_texts(
         made += 1
         yield EncodedText(record=record, ids=tuple(ids[:max_length]), start=start)
     _report(called, too_short=too_short, too_long=too_long, merged=merged, endless=endless)
+    if preparer is not None:
+        preparer.report()
     if not made:
+        few = f"{too_short} have too few words for first_words" if preparer is None else preparer.reasons()
         raise DataError(
-            f"none of the {len(records)} records is left: {too_short} have too few words for first_words, the prompts"
-            f" of {too_long} fill max_length ({max_length}) alone"
+            f"none of the {len(records)} records is left: {few + ', ' if few else ''}the prompts of {too_long} fill"
+            f" max_length ({max_length}) alone"
         )
 
 
@@ -175,11 +187,16 @@ def layout_of(records: Sequence[Record], config: DataConfig | None) -> Layout:
     """Which columns to read.
 
     Raises:
-        DataError: none of them is called as a prompt is, or ``first_words`` beside completions.
+        DataError: none of them is called as a prompt is, ``first_words`` beside completions, or ``prepare`` without.
     """
     completion = config.completion_column if config else None
     if completion is None and any("completion" in record.columns for record in records):
         completion = "completion"
+    if completion is None and config is not None and config.prepare is not None:
+        raise DataError(
+            "prepare is for prompts, but the records are texts without a prompt of their own; name the column of their"
+            " completions in completion_column, or leave prepare out"
+        )
     if config is not None and config.template is not None:
         return Layout(prompt=None, completion=completion)
     prompt = config.prompt_column if config else None
@@ -237,12 +254,8 @@ def encode_parts(
 ) -> tuple[list[int], int, bool]:
     """Ids of the whole, where the completion begins, and whether it begins where the prompt's ids end."""
     if isinstance(prompt, str) and isinstance(completion, str):
-        ids = encode_text(tokenizer, prompt + completion)
+        ids = _ended(tokenizer, encode_text(tokenizer, prompt + completion), completion)
         prompt_ids = encode_text(tokenizer, prompt)
-        eos = eos_id(tokenizer)
-        # A completion that spells the eos out has it already; the last id alone does not say so where bos == eos.
-        if not (completion.endswith(str(tokenizer.eos_token)) and ids and ids[-1] == eos):
-            ids.append(eos)
     else:
         assert isinstance(prompt, list) and isinstance(completion, list)
         ids = encode_chat(tokenizer, prompt + completion, where=where, add_generation_prompt=False)
@@ -255,6 +268,31 @@ def encode_parts(
     if len(ids) <= start:
         raise DataError(f"{where}: there is nothing to learn; the completion is empty")
     return ids, start, clean
+
+
+def _encode_prepared(
+    tokenizer: PreTrainedTokenizerBase,
+    preparer: Preparer,
+    prompt: str | Messages,
+    completion: str | Messages,
+    *,
+    where: str,
+) -> tuple[list[int], int, bool] | None:
+    """As ``encode_parts`` with a prepared prompt, whose ids are those that samples begin with; None: it is skipped."""
+    prepared = preparer(prompt, where)
+    if prepared is None:
+        return None
+    assert isinstance(completion, str)  # since the prompt is text
+    ids = _ended(tokenizer, [*prepared.ids, *encode_bare(tokenizer, completion)], completion)
+    return ids, len(prepared.ids), True
+
+
+def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int], completion: str) -> list[int]:
+    """The ids with one eos at their end."""
+    eos = eos_id(tokenizer)
+    # A completion that spells the eos out has it already; the last id alone does not say so where bos == eos.
+    spelled = completion.endswith(str(tokenizer.eos_token)) and ids[-1:] == [eos]
+    return ids if spelled else [*ids, eos]
 
 
 def _common_length(first: Sequence[Any], second: Sequence[Any]) -> int:

@@ -32,6 +32,11 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
+def encode_bare(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text that stands within others, without any that the tokenizer adds. May be empty."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, *, where: str, add_generation_prompt: bool
 ) -> list[int]:

@@ -209,6 +209,7 @@ def _json_document(text: str, path: Path) -> Iterator[Located]:
         yield from rows_of_columns(value, str(path))
         return
     line, position = _line_ends(text[:start]) + 1, start
+    previous, index = 0, 0
     while True:
         following = _skip_space(text, position + 1)
         line += _line_ends(text[position:following])
@@ -216,7 +217,9 @@ def _json_document(text: str, path: Path) -> Iterator[Located]:
             position = following
             break
         value, end = _decode(text, following, path, line)
-        yield f"{path}:{line}", _record(value, f"{path}:{line}")
+        where = f"{path}:{line}" if line != previous else f"{path}:{line}, record {index}"
+        yield where, _record(value, where)
+        previous, index = line, index + 1
         position = _skip_space(text, end)
         line += _line_ends(text[following:position])
         if text[position : position + 1] != ",":

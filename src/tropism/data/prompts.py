@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tropism.data.columns import as_chat, choose_column, end_of_words, other_columns, prompt_value
 from tropism.data.config import DataConfig
 from tropism.data.encoding import encode_chat, encode_text
+from tropism.data.preparation import Preparer, preparer_of
 from tropism.data.readers import locate_records
 from tropism.errors import DataError
 from tropism.types import Messages, Prompt
@@ -32,7 +33,8 @@ def make_prompts(
     """Prompts with their token ids; every column but the prompt's travels along for the reward.
 
     Text is encoded as the tokenizer does it, with exactly one BOS if it adds one and nothing appended. Chat messages go
-    through the chat template, up to the header of the assistant's answer. An empty text becomes the BOS alone.
+    through the chat template, up to the header of the assistant's answer. An empty text becomes the BOS alone. With
+    ``config.prepare`` each text is prepared first, and those that it skips are counted.
 
     Args:
         source: ``DataConfig`` or anything else that ``read_records`` takes.
@@ -49,6 +51,7 @@ def make_prompts(
         config = source
     records = locate_records(source)
     words, overlong = (config.first_words, overlong or config.overlong) if config else (None, overlong or "error")
+    preparer = preparer_of(tokenizer, config.prepare if config else None)
     column: str | None = None
     if config is None or config.template is None:
         column = (config.prompt_column if config else None) or choose_column(records, PROMPT_COLUMNS)
@@ -57,15 +60,11 @@ def make_prompts(
     for record, columns in zip(records, other_columns(records, column), strict=True):
         if config is not None and len(prompts) == config.limit:
             break
-        value = prompt_value(record, column, config)
-        if words is not None:
-            opening = _opening(value, words, record.where)
-            if opening is None:
-                skipped += 1
-                continue
-            value = opening
-        value = as_chat(value, config)
-        ids = _encode(tokenizer, value, record.where)
+        read = _read(prompt_value(record, column, config), tokenizer, config, preparer, record.where)
+        if read is None:
+            skipped += 1
+            continue
+        value, ids = read
         if max_length is not None and len(ids) > max_length:
             if overlong == "leave_out":
                 left_out += 1
@@ -73,13 +72,40 @@ def make_prompts(
             truncated += 1
             ids = _shorten(ids, max_length, overlong, tokenizer.bos_token_id, record.where)
         prompts.append(Prompt(text=value, ids=tuple(ids), columns=columns))
-    if skipped:
-        logger.info("skipped %d texts of fewer than %s words", skipped, words)
+    _report_skipped(preparer, skipped, words)
     if truncated:
         logger.warning("%d prompts were longer than %s tokens and lost their beginning", truncated, max_length)
     if not prompts and not left_out:
-        raise DataError(f"none of the {len(records)} texts has {words} words; lower first_words")
+        why = f"has {words} words; lower first_words" if preparer is None else f"is left: {preparer.reasons()}"
+        raise DataError(f"none of the {len(records)} texts {why}")
     return prompts
+
+
+def _read(
+    value: str | Messages,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig | None,
+    preparer: Preparer | None,
+    where: str,
+) -> tuple[str | Messages, list[int]] | None:
+    """The prompt as rewards see it and its ids; None where the settings skip it."""
+    if preparer is not None:
+        prepared = preparer(value, where)
+        return None if prepared is None else (prepared.text, list(prepared.ids))
+    if config is not None and config.first_words is not None:
+        opening = _opening(value, config.first_words, where)
+        if opening is None:
+            return None
+        value = opening
+    value = as_chat(value, config)
+    return value, _encode(tokenizer, value, where)
+
+
+def _report_skipped(preparer: Preparer | None, skipped: int, words: int | None) -> None:
+    if preparer is not None:
+        preparer.report()
+    elif skipped:
+        logger.info("skipped %d texts of fewer than %s words", skipped, words)
 
 
 def _opening(value: str | Messages, words: int, where: str) -> str | None:
@@ -109,7 +135,8 @@ def _shorten(ids: list[int], max_length: int, overlong: str, bos: int | None, wh
     if overlong != "truncate_left":
         raise DataError(
             f"{where}: the prompt has {len(ids)} tokens, but at most {max_length} fit beside the completion; shorten"
-            " it, sample fewer tokens, or cut such prompts on the left (data.overlong: truncate_left)"
+            " it (data.prepare.length cuts its end), sample fewer tokens, or cut such prompts on the left"
+            " (data.overlong: truncate_left)"
         )
     if max_length < 1:
         raise DataError(f"{where}: no prompt fits into {max_length} tokens; sample fewer tokens")

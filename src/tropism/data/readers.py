@@ -204,8 +204,7 @@ def _open_path(config: DataConfig) -> Iterable[Located]:
     suffix = Path(config.path.lower().removesuffix(".gz")).suffix
     if suffix in TEXT_FORMATS or suffix == ".parquet" or not _HUB_ID.fullmatch(config.path):
         raise DataError(
-            f"{config.path[:200]!r}: no such file or folder{_nearest_name(path)}. To use a text itself as the prompt,"
-            " pass a list of texts"
+            f"{config.path[:200]!r}: no such file or folder{_nearest_name(path)}. Texts themselves are given as a list"
         )
     return _rows_of_dataset(_load_from_hub(config))
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tropism.data.columns import as_chat, choose_column, end_of_words, prompt_value
 from tropism.data.config import DataConfig
 from tropism.data.demonstrations import Demonstration, layout_of, texts_of
 from tropism.data.order import keyed_hash
+from tropism.data.preparation import preparer_of
 from tropism.data.prompts import PROMPT_COLUMNS
 from tropism.data.readers import Record
 from tropism.errors import ConfigError, DataError
 from tropism.types import Messages, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 
@@ -39,18 +43,25 @@ class PromptsOfTexts:
     Args:
         records: all of the data, as their columns together say which is the prompt.
         config: how they are read.
+        tokenizer: of the model, whose tokens cut prompts where the settings prepare them.
     """
 
-    def __init__(self, records: Sequence[Record], config: DataConfig) -> None:
+    def __init__(self, records: Sequence[Record], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.layout, self.config = layout_of(records, config), config
+        self.preparer = preparer_of(tokenizer, config.prepare)
         self.column = config.prompt_column
         if self.column is None and config.template is None:
             self.column = choose_column(records, PROMPT_COLUMNS, but=self.layout.completion)
         self.names = tuple(dict.fromkeys(name for record in records for name in record.columns))
 
     def key(self, record: Record) -> str:
-        """What texts with the same prompt share, and the plain prompt; the whole text where that is empty."""
+        """What texts with the same prompt share, and the plain prompt; the whole text where that is empty.
+
+        Prompts are the same if they are once they have been prepared.
+        """
         prompt = self._prompt(record)
+        if self.preparer is not None and (prepared := self.preparer(prompt, record.where)) is not None:
+            return prompt_key(prepared.text)
         if prompt == "":
             return prompt_key(texts_of(record, self.layout, self.config))
         if isinstance(prompt, str) and self.config.first_words is not None:

@@ -50,7 +50,7 @@ class RewardEvaluation:
         asked = self.prompts if self.condition is None else self.condition(self.prompts)
         rollouts = self.maker.sample(asked, purpose="evaluation", collect=collect)
         inputs, rewards = self.maker.score(rollouts, self.prompts, {"step": step}, raw=True)
-        lengths = rollouts.completion_lengths
+        lengths = rollouts.seen_lengths
         kl = torch.full((len(rollouts),), float("nan"))
         if self.reference is not None:
             plain = replace(

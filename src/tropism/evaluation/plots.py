@@ -6,7 +6,7 @@ The SVG carries class names and no colours, so that it follows the page into the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tropism.errors import DataError
-from tropism.evaluation.run_folder import RunData
+from tropism.evaluation.run_folder import Evaluation, RunData
 from tropism.evaluation.statistics import bootstrap_interval
 
 if TYPE_CHECKING:
@@ -43,8 +43,9 @@ class Series:
     """[K]"""
     y: Floats
     """[K]"""
-    kind: Literal["raw", "train", "eval"]
-    """``raw``: a faint line; ``train``: a line; ``eval``: joined points with whiskers. The style sheet's class too."""
+    kind: Literal["raw", "train", "eval", "rule"]
+    """``raw``: a faint line; ``train``: a line; ``eval``: joined points with whiskers; ``rule``: a dashed line to
+    compare with. The style sheet's class too."""
     low: Floats | None = None
     """[K] lower end of each whisker, NaN where unknown."""
     high: Floats | None = None
@@ -71,9 +72,18 @@ class _Frame:
 
 def evaluation_means(run: RunData, column: Column) -> Series | None:
     """Mean and interval of a column at every evaluation in which it was measured, or None if it never was."""
+    return _means(run, lambda evaluation: getattr(evaluation, column))
+
+
+def term_means(run: RunData, name: str) -> Series | None:
+    """The same of a term of the reward."""
+    return _means(run, lambda evaluation: evaluation.terms.get(name, np.empty(0)))
+
+
+def _means(run: RunData, values_of: Callable[[Evaluation], Floats]) -> Series | None:
     steps, intervals = [], []
     for evaluation in run.evaluations:
-        values = getattr(evaluation, column)
+        values = values_of(evaluation)
         values = values[np.isfinite(values)]
         if len(values):
             steps.append(float(evaluation.step))

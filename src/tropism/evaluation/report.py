@@ -25,8 +25,10 @@ from tropism.evaluation.plots import (
     line_chart,
     meter,
     reward_kl_picture,
+    term_means,
     training_curve,
 )
+from tropism.evaluation.reward_model_report import reward_model_section
 from tropism.evaluation.run_folder import RunData, is_finite
 from tropism.evaluation.summary import (
     KL_FAR,
@@ -63,6 +65,8 @@ MAIN_CURVES: tuple[tuple[str, str, Column | None, str | None], ...] = (
     ("Throughput (tokens per second)", "throughput/tokens_per_second", None, None),
 )
 """Title, training metric, column of the evaluations, evaluation metric that the column already shows."""
+MOST_TERMS = 6
+"""Of more terms of the reward the curves stand with the other metrics."""
 KL_WORDS = {
     "unknown": "not measured",
     "low": "close to the reference",
@@ -106,19 +110,21 @@ def _render(run: RunData) -> str:
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     summary = summarise(run) if run.evaluations else None
+    judged = reward_model_section(run)
     shown_warnings = run.warnings[:MOST_MESSAGES]
     pairs = [_pair_view(pair) for pair in sample_pairs(run, count=MOST_PAIRS)] if summary else []
     return environment.get_template("report.html.j2").render(
         name=run.folder.resolve().name,
         counters=_counters(run),
         summary=summary,
+        judged=judged.view if judged else None,
         verdict=_verdict(summary) if summary else None,
-        cautions=summary.cautions if summary else run.skipped,
+        cautions=summary.cautions if summary else [] if judged else run.skipped,
         rows=summary_rows(summary) if summary else [],
         featured=_featured(run) if summary else [],
         pairs=pairs,
         curves=_main_curves(run),
-        more_curves=_more_curves(run),
+        more_curves=_more_curves(run, judged.metrics if judged else frozenset()),
         distribution=_distribution(run),
         warnings=[{name: _plain(line.get(name, "")) for name in ("step", "message")} for line in shown_warnings],
         more_warnings=max(0, len(run.warnings) - MOST_MESSAGES),
@@ -228,6 +234,24 @@ def _main_curves(run: RunData) -> list[dict[str, Any]]:
     frontier = _frontier(run)
     if frontier:
         curves.insert(min(2, len(curves)), frontier)
+    return [*curves[:3], *_term_curves(run), *curves[3:]]
+
+
+def _terms(run: RunData) -> list[str]:
+    """Terms of the reward, where there are several: one that follows the reward no longer shows where it is misled."""
+    names = list(dict.fromkeys(name for evaluation in run.evaluations for name in evaluation.terms))
+    return names if 1 < len(names) <= MOST_TERMS else []
+
+
+def _term_curves(run: RunData) -> list[dict[str, Any]]:
+    curves = []
+    for name in _terms(run):
+        lines, points = training_curve(*run.series(f"reward/{name}")), term_means(run, name)
+        series = [*lines, *([points] if points else [])]
+        if series:
+            title = f"Reward term {name}"
+            svg = line_chart(series, title=title)
+            curves.append({"title": title, "svg": svg, "train": bool(lines), "eval": bool(points), "limit": False})
     return curves
 
 
@@ -251,9 +275,10 @@ def _frontier(run: RunData) -> dict[str, Any] | None:
     return {"title": "Held-out reward against KL", "svg": svg, "train": False, "eval": True, "limit": False}
 
 
-def _more_curves(run: RunData) -> list[dict[str, str]]:
-    """Every other metric of the run, small."""
-    shown = {name for curve in MAIN_CURVES for name in curve[1::2]} | {curve[3] for curve in MAIN_CURVES}
+def _more_curves(run: RunData, above: frozenset[str]) -> list[dict[str, str]]:
+    """Every other metric of the run but those that are shown above, small."""
+    above |= {f"{prefix}reward/{name}" for name in _terms(run) for prefix in ("", "eval/")}
+    shown = above | {name for curve in MAIN_CURVES for name in curve[1::2]} | {curve[3] for curve in MAIN_CURVES}
     every: Sequence[str] = ("update", "collect", "evaluation")
     names = [name for name in run.names(every) if name not in shown and not name.startswith("best/")]
     return [

@@ -12,12 +12,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tropism.errors import DataError
+from tropism.evaluation.comparison_table import ScoredComparison, comparisons_in, is_comparison_table
+
+if TYPE_CHECKING:
+    from tropism.judgements import Kind
 
 _EVALUATION_FILE = re.compile(r"step-(\d+)\.parquet")
 LARGEST = 1e100
@@ -51,6 +55,16 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComparisonStep:
+    """One evaluation of a reward model on held-out comparisons."""
+
+    step: int
+    """Step after which it was evaluated; 0 is the model before training."""
+    kind: Kind
+    items: list[ScoredComparison]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunData:
     """What a run folder holds."""
 
@@ -58,13 +72,17 @@ class RunData:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     """Lines of ``metrics.jsonl`` in order, then those of ``timings.jsonl``."""
     evaluations: list[Evaluation] = field(default_factory=list)
-    """Ordered by step."""
+    """Of completions, ordered by step."""
+    comparisons: list[ComparisonStep] = field(default_factory=list)
+    """Evaluations of a reward model, ordered by step."""
     recipe: str = ""
     """Text of ``recipe.yaml``."""
     warnings: list[dict[str, Any]] = field(default_factory=list)
     """Lines of ``warnings.jsonl``: step and message."""
     environment: Mapping[str, Any] = field(default_factory=dict)
     """``environment.json``: versions, device, threads."""
+    reward_model: Mapping[str, Any] = field(default_factory=dict)
+    """``model/reward_model.json``: what a trained reward model reads, and its scale."""
     skipped: list[str] = field(default_factory=list)
     """One sentence for each evaluation file that could not be read."""
 
@@ -83,14 +101,16 @@ class RunData:
         """
         path = Path(folder)
         _check_run_folder(path)
-        evaluations, skipped = _read_evaluations(path / "evaluations")
+        evaluations, comparisons, skipped = _read_evaluations(path / "evaluations")
         return cls(
             folder=path,
             metrics=_read_lines(path / "metrics.jsonl") + _read_lines(path / "timings.jsonl"),
             evaluations=evaluations,
+            comparisons=comparisons,
             recipe=_read_text(path / "recipe.yaml"),
             warnings=_read_lines(path / "warnings.jsonl"),
             environment=_read_object(path / "environment.json"),
+            reward_model=_read_object(path / "model" / "reward_model.json"),
             skipped=skipped,
         )
 
@@ -175,18 +195,23 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return objects
 
 
-def _read_evaluations(folder: Path) -> tuple[list[Evaluation], list[str]]:
+def _read_evaluations(folder: Path) -> tuple[list[Evaluation], list[ComparisonStep], list[str]]:
     if not folder.is_dir():
-        return [], []
+        return [], [], []
     found = [(match, path) for path in folder.iterdir() if (match := _EVALUATION_FILE.fullmatch(path.name))]
-    evaluations, skipped = [], []
+    evaluations: list[Evaluation] = []
+    comparisons: list[ComparisonStep] = []
+    skipped: list[str] = []
     for step, path in sorted((int(match.group(1)), path) for match, path in found):
         columns = _read_parquet(path)
         if columns is None:
             skipped.append(f"{folder.name}/{path.name} is no readable Parquet file (cut off, or still being written).")
+        elif is_comparison_table(columns):
+            kind, items = comparisons_in(columns, str(path))
+            comparisons.append(ComparisonStep(step=step, kind=kind, items=items))
         else:
             evaluations.append(_evaluation(step, columns, path))
-    return evaluations, skipped
+    return evaluations, comparisons, skipped
 
 
 def _read_parquet(path: Path) -> dict[str, list[Any]] | None:

@@ -6,18 +6,25 @@ of conditionme. Targets and rewards are in the reward's own units everywhere.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tropism.evaluation.statistics import Interval
+from tropism.evaluation.result_files import (
+    BLUE,
+    GREY,
+    ORANGE,
+    csv_table,
+    dress,
+    new_figure,
+    plain_values,
+    rendered,
+    write_files,
+)
 from tropism.evaluation.steerability import (
     NEAR,
     DistributionStatistic,
@@ -27,14 +34,11 @@ from tropism.evaluation.steerability import (
     TrainingRewards,
     pearson,
 )
-from tropism.storage import ensure_room, write_whole, writing
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FORMATS = ("png", "svg")
-BLUE, ORANGE, GREY = "#3b7dd8", "#d9622b", "#9aa0a6"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,14 +90,9 @@ def write_sweep(folder: Path, record: SweepRecord) -> list[Path]:
     statistics = json.dumps(_statistics(record), ensure_ascii=False, indent=1, allow_nan=False).encode()
     for name, figure in _pictures(record).items():
         for kind in FORMATS:
-            contents[f"{name}.{kind}"] = _rendered(figure, kind)
+            contents[f"{name}.{kind}"] = rendered(figure, kind)
     contents["statistics.json"] = statistics
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        ensure_room(folder, sum(map(len, contents.values())))
-    for name, content in contents.items():
-        write_whole(folder / name, content)
-    return [folder / name for name in contents]
+    return write_files(folder, contents)
 
 
 # Tables and statistics ------------------------------------------------------------------------------------------------
@@ -112,25 +111,12 @@ def _target_table(result: Steerability) -> bytes:
         )
         for one in result.targets
     ]
-    return _csv(header, rows)
+    return csv_table(header, rows)
 
 
 def _completion_table(samples: Samples) -> bytes:
     columns = (samples.prompts, samples.completions, samples.targets.tolist(), samples.achieved.tolist())
-    return _csv(("prompt", "completion", "target_reward", "actual_reward"), zip(*columns, strict=True))
-
-
-def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
-    """Text in quotes and otherwise as it is, numbers to the last bit, nothing where there is no number."""
-    out = io.StringIO(newline="")
-    writer = csv.writer(out, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([[_cell(value) for value in row] for row in rows])
-    return out.getvalue().encode("utf-8")
-
-
-def _cell(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return csv_table(("prompt", "completion", "target_reward", "actual_reward"), zip(*columns, strict=True))
 
 
 def _statistics(record: SweepRecord) -> dict[str, Any]:
@@ -144,26 +130,15 @@ def _statistics(record: SweepRecord) -> dict[str, Any]:
             **{f"pct_{share}": training.quantile(share / 100) for share in (1, 5, 25, 50, 75, 95, 99)},
         },
         "near": NEAR * training.spread,
-        **_plain(record.result),
-        "beyond": [{**_plain(one), "moves_on": one.moves_on} for one in record.result.beyond],
+        **plain_values(record.result),
+        "beyond": [{**plain_values(one), "moves_on": one.moves_on} for one in record.result.beyond],
         "distributions": {
-            "high": _plain(DistributionStatistic.of(record.high.achieved)),
-            "low": _plain(DistributionStatistic.of(record.low.achieved)),
-            "sampled": _plain(DistributionStatistic.of(record.sampled.achieved)),
+            "high": plain_values(DistributionStatistic.of(record.high.achieved)),
+            "low": plain_values(DistributionStatistic.of(record.low.achieved)),
+            "sampled": plain_values(DistributionStatistic.of(record.sampled.achieved)),
         },
-        "sampled_pearson": _plain(pearson(record.sampled)),
+        "sampled_pearson": plain_values(pearson(record.sampled)),
     }
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses as dictionaries, intervals as value, low and high, NaN as None."""
-    if isinstance(value, Interval):
-        return {"value": _cell(value.mean), "low": _cell(value.low), "high": _cell(value.high)}
-    if is_dataclass(value):
-        return {one.name: _plain(getattr(value, one.name)) for one in fields(value)}
-    if isinstance(value, tuple):
-        return [_plain(one) for one in value]
-    return _cell(value)
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------
@@ -178,36 +153,9 @@ def _pictures(record: SweepRecord) -> dict[str, Figure]:
     }
 
 
-def _rendered(figure: Figure, kind: str) -> bytes:
-    """The picture as a file; equal pictures give equal bytes."""
-    import matplotlib  # here, so that importing the package stays fast
-
-    out = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "tropism"}):
-        metadata = {"Date": None} if kind == "svg" else None
-        figure.savefig(out, format=kind, facecolor="white", metadata=metadata)
-    return out.getvalue()
-
-
-def _figure(width: float, height: float) -> Figure:
-    import matplotlib.figure
-
-    return matplotlib.figure.Figure(figsize=(width, height), dpi=160, layout="constrained")
-
-
-def _plot_style(axis: Axes, *, title: str, x: str, y: str) -> None:
-    # A name is text; what stands between dollar signs in it is no formula.
-    axis.set_title(title, fontsize=11, loc="left", parse_math=False)
-    axis.set_xlabel(x, parse_math=False)
-    axis.set_ylabel(y, parse_math=False)
-    axis.grid(alpha=0.25)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
 def _steerability_picture(record: SweepRecord) -> Figure:
     """Target against achieved reward; under it what there was to learn from."""
-    figure = _figure(6.4, 6.0)
+    figure = new_figure(6.4, 6.0)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     known = [one for one in record.result.targets if one.count]
     x = np.array([one.target for one in known])
@@ -224,12 +172,12 @@ def _steerability_picture(record: SweepRecord) -> Figure:
     every = np.concatenate([mean, low, high, [record.training.low, record.training.high]])
     bottom, top = float(np.nanmin(every)), float(np.nanmax(every))
     upper.set_ylim(bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom))
-    _plot_style(upper, title=f"{record.name}: asked for and achieved", x="", y="achieved reward")
+    dress(upper, title=f"{record.name}: asked for and achieved", x="", y="achieved reward")
     upper.legend(frameon=False, fontsize=9, loc="upper left")
     knots = record.training.knots
     share = np.full(len(knots), 100 / len(knots))
     lower.hist(knots, bins=25, range=(record.training.low, record.training.high), weights=share, color=GREY)
-    _plot_style(lower, title="", x="target", y="% of training")
+    dress(lower, title="", x="target", y="% of training")
     for axis in (upper, lower):
         for begin, end in ((left, record.training.low), (record.training.high, right)):
             axis.axvspan(begin, end, color=GREY, alpha=0.12, lw=0)
@@ -239,7 +187,7 @@ def _steerability_picture(record: SweepRecord) -> Figure:
 
 def _distribution_picture(record: SweepRecord, samples: Samples, which: str, colour: str) -> Figure:
     """Achieved rewards at one target, before the training rewards; both pictures have the same axis."""
-    figure = _figure(6.4, 3.6)
+    figure = new_figure(6.4, 3.6)
     axis = figure.subplots()
     achieved, knots = samples.achieved[~np.isnan(samples.achieved)], record.training.knots
     every = np.concatenate([_scored(record.high), _scored(record.low), knots])
@@ -250,14 +198,14 @@ def _distribution_picture(record: SweepRecord, samples: Samples, which: str, col
     target = float(samples.targets[0])
     axis.axvline(target, color="black", lw=1.2, ls="--", label=f"target {target:.4g}")
     axis.axvline(float(achieved.mean()), color=colour, lw=2, label=f"mean {achieved.mean():.3g}")
-    _plot_style(axis, title=f"{record.name} at the {which} target", x="reward", y="% of completions")
+    dress(axis, title=f"{record.name} at the {which} target", x="reward", y="% of completions")
     axis.legend(frameon=False, fontsize=9)
     return figure
 
 
 def _correlation_picture(record: SweepRecord) -> Figure:
     """One point per completion at a drawn target, with the line of least squares."""
-    figure = _figure(5.6, 5.2)
+    figure = new_figure(5.6, 5.2)
     axis = figure.subplots()
     samples = record.sampled
     scored = ~np.isnan(samples.achieved)
@@ -271,7 +219,7 @@ def _correlation_picture(record: SweepRecord) -> Figure:
         axis.plot(ends, intercept + slope * ends, color=ORANGE, lw=2, label=f"least squares, slope {slope:.2f}")
     bounds = f" [{r.low:.2f}, {r.high:.2f}]" if r.known else ""
     shown = f"{r.mean:.2f}{bounds}" if math.isfinite(r.mean) else "undefined: one side is constant"
-    _plot_style(axis, title=f"{record.name}: Pearson r = {shown}", x="target", y="achieved reward")
+    dress(axis, title=f"{record.name}: Pearson r = {shown}", x="target", y="achieved reward")
     both = np.concatenate([x, y])
     room = 0.04 * float(np.ptp(both)) or 0.5
     axis.set_xlim(both.min() - room, both.max() + room)

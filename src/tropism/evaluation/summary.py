@@ -254,6 +254,11 @@ def _number(value: float, form: str) -> str:
 
 def _ends(run: RunData) -> tuple[Evaluation, Evaluation | None, list[str]]:
     """The first evaluation, the one to compare it with, and notes on the choice."""
+    if run.comparisons and not run.evaluations:
+        raise DataError(
+            f"the run {str(run.folder)!r} trained a reward model, which writes no completions to compare; measure it "
+            f"with: tropism evaluate {run.folder}"
+        )
     if not run.evaluations:
         raise DataError(f"the run {str(run.folder)!r} has no evaluation yet, so there is nothing to compare")
     first, last, notes = run.evaluations[0], run.evaluations[-1], list(run.skipped)

@@ -54,7 +54,7 @@ class SweepNumbers:
         self.level = float(np.abs(achieved[scored]).max(initial=0.0)) or 1.0
         rows = np.flatnonzero(scored & np.isin(column, self.inside))
         self.prompt_of_row = prompt[rows]
-        self.target_ranks, self.achieved_ranks = _Ranks(targets[rows]), _Ranks(achieved[rows])
+        self.target_ranks, self.achieved_ranks = MidRanks(targets[rows]), MidRanks(achieved[rows])
         self.entries = max(len(rows), self.prompts, len(self.targets) ** 2)
         """That one resample takes."""
 
@@ -110,7 +110,7 @@ class SweepNumbers:
         return np.where(unknown, np.nan, correlation(_mid_ranks(targets), ranks, np.ones_like(levels)))
 
 
-class _Ranks:
+class MidRanks:
     """Mid-ranks of fixed values [N] under any weights."""
 
     def __init__(self, values: Floats) -> None:

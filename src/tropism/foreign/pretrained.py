@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from tropism.errors import ModelError
 from tropism.foreign.view import CONFIG, ModelView, model_view
@@ -52,17 +53,29 @@ def load_pretrained(
             check_size(kind, details, view.weights, str(view.folder / CONFIG))
         tokenizer = load_tokenizer(view, details, name)
         with reported(f"{', '.join(view.weight_files[:3])} in the model folder {view.folder}", **view.names):
-            model, info = kind.from_pretrained(
-                str(view.path),
-                config=details,
-                output_loading_info=True,
-                trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # looked at below, where the error can say which
-                **options,
-            )
+            with _without_load_report():
+                model, info = kind.from_pretrained(
+                    str(view.path),
+                    config=details,
+                    output_loading_info=True,
+                    trust_remote_code=False,
+                    ignore_mismatched_sizes=True,  # looked at below, where the error can say which
+                    **options,
+                )
             check_shapes(info["mismatched_keys"], view)
     set_name(model, name)
     return model, tokenizer, sorted(info["missing_keys"])
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Transformers tells what the files lack as if it were a fault; here it is returned, and the caller judges it."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def load_tokenizer(view: ModelView, details: PreTrainedConfig, name: str) -> PreTrainedTokenizerBase:

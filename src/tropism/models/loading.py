@@ -182,8 +182,8 @@ def _checked_pair(source: Any) -> tuple[PreTrainedModel | PeftModel, PreTrainedT
 
 
 def _load(config: ModelConfig) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    device = _device(config.device)
-    dtype = _dtype(config.dtype, device)
+    device = device_named(config.device)
+    dtype = dtype_named(config.dtype, device)
     path = Path(config.name).expanduser()
     model: PreTrainedModel | PeftModel
     if config.name == DEMO:
@@ -196,7 +196,7 @@ def _load(config: ModelConfig) -> tuple[PreTrainedModel | PeftModel, PreTrainedT
     elif path.is_dir() and (path / ADAPTER_CONFIG).exists():
         return _load_adapter(path, config)
     else:
-        model, tokenizer = _load_pretrained(_folder_or_hub_id(config.name, path), config, dtype)
+        model, tokenizer = _load_pretrained(folder_or_hub_id(config.name, path), config, dtype)
     model.config.use_cache = True
     model.to(device)  # type: ignore[arg-type]
     if config.gradient_checkpointing:
@@ -204,7 +204,7 @@ def _load(config: ModelConfig) -> tuple[PreTrainedModel | PeftModel, PreTrainedT
     return model, tokenizer
 
 
-def _folder_or_hub_id(name: str, path: Path) -> str:
+def folder_or_hub_id(name: str, path: Path) -> str:
     if path.is_dir():
         if (path / CONFIG).exists():
             return str(path.resolve())
@@ -233,12 +233,17 @@ def _load_pretrained(
     load = _load_trusted if config.trust_remote_code else load_pretrained
     try:
         model, tokenizer, missing = load(
-            source, AutoModelForCausalLM, revision=config.revision, prepare=prepare, dtype=dtype, **_attention(config)
+            source,
+            AutoModelForCausalLM,
+            revision=config.revision,
+            prepare=prepare,
+            dtype=dtype,
+            **attention_options(config),
         )
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(_load_failure(source, error)) from error
+        raise ModelError(load_failure(source, error)) from error
     if missing:
         raise ModelError(
             f"{source} does not hold all weights of a {type(model).__name__}: {', '.join(missing[:5])} would be "
@@ -268,7 +273,7 @@ def _check_causal(details: PreTrainedConfig, source: str) -> None:
             raise ModelError(f"{source} is a {kind}; a causal LM is needed")
 
 
-def _load_failure(source: str, error: Exception) -> str:
+def load_failure(source: str, error: Exception) -> str:
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     if Path(source).is_dir():
         return f"the model folder {source} cannot be loaded: {reason}"
@@ -302,7 +307,7 @@ def _load_gguf(path: Path, config: ModelConfig, dtype: torch.dtype) -> tuple[Pre
         check_size(AutoModelForCausalLM, details, header.weights, str(path))
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model = AutoModelForCausalLM.from_pretrained(
-            folder, config=details, dtype=dtype, **options, **packed, **_attention(config)
+            folder, config=details, dtype=dtype, **options, **packed, **attention_options(config)
         )
         zero_dropout(model.config)
         plain = with_weights(model, model.state_dict())
@@ -341,11 +346,11 @@ def _load_adapter(folder: Path, config: ModelConfig) -> tuple[PeftModel, PreTrai
     return model, tokenizer
 
 
-def _attention(config: ModelConfig) -> dict[str, str]:
+def attention_options(config: ModelConfig) -> dict[str, str]:
     return {} if config.attention is None else {"attn_implementation": config.attention}
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -362,7 +367,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def dtype_named(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         dtype = getattr(torch, name)
         assert isinstance(dtype, torch.dtype)

@@ -82,21 +82,27 @@ class LoRA:
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
 
-def add_lora(model: PreTrainedModel | PeftModel, lora: LoRA, *, seed: int) -> PeftModel:
+def add_lora(
+    model: PreTrainedModel | PeftModel, lora: LoRA, *, seed: int, task: str | None = "CAUSAL_LM", but: str | None = None
+) -> PeftModel:
     """``model`` with a fresh trainable adapter around its linear layers; everything else is frozen.
 
     The adapter starts as exactly nothing (B = 0), so the outputs are those of ``model`` bit for bit. Its weights are
     float32 whatever the model's dtype, and depend on ``seed`` alone: the global random state is neither read nor moved.
+
+    Args:
+        task: PEFT's name for what the model does; None for models that PEFT shall not know anything about.
+        but: full name of a layer that gets none.
 
     Raises:
         ModelError: a target names no linear layer, or the model has an adapter already.
     """
     if isinstance(model, PeftModel):
         raise ModelError("the model has an adapter already, and training goes on with it; leave lora out")
-    targets = _target_layers(model, lora.targets)
+    targets = [name for name in _target_layers(model, lora.targets) if name != but]
     transposed = {isinstance(model.get_submodule(name), Conv1D) for name in targets}
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task,
         r=lora.rank,
         lora_alpha=lora.scale * lora.rank,  # type: ignore[arg-type]
         lora_dropout=0.0,

@@ -51,6 +51,7 @@ def with_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> PreTrain
         plain = type(model)(config)
     plain.load_state_dict(weights, assign=True)
     plain.tie_weights()
-    plain.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
+    if model.can_generate():
+        plain.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
     plain.eval()
     return plain

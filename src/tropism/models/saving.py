@@ -32,7 +32,7 @@ def save_plain(
     settings: Mapping[str, Any] | None = None,
     beside: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write ``model`` and ``tokenizer`` as a folder that ``AutoModelForCausalLM`` loads with no custom code.
+    """Write ``model`` and ``tokenizer`` as a folder that the Auto class of its kind loads with no custom code.
 
     An active adapter is merged into a copy of the layers it changes; the live model keeps its weights bit for bit. The
     folder appears under its name only once it is complete, and then replaces an older one.
@@ -52,7 +52,8 @@ def save_plain(
         )
     weights = merged_weights(model) if isinstance(model, PeftModel) else tensors_of(base)
     plain = with_weights(base, weights)
-    plain.generation_config = _valid_generation_config(plain.generation_config)
+    if plain.can_generate():
+        plain.generation_config = _valid_generation_config(plain.generation_config)
     for name, value in (settings or {}).items():
         setattr(plain.config, name, value)
     with replacing(Path(folder)) as temporary:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from tropism.ops.arguments import (
     describe_shapes,
+    require_bool,
     require_number,
     require_positive,
     require_rank,
@@ -47,23 +49,38 @@ def bradley_terry_loss(
     return -(1 - label_smoothing) * logsigmoid(lead - margin) - label_smoothing * logsigmoid(-lead - margin)
 
 
-def best_of_k_loss(scores: Tensor, choices: Tensor) -> Tensor:
+def best_of_k_loss(
+    scores: Tensor,
+    choices: Tensor,
+    *,
+    margin: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    present: Tensor | None = None,
+) -> Tensor:
     """Negative log-likelihood of the chosen one of K completions when scores are log-odds.
 
-    -log softmax(scores)[choice]      https://arxiv.org/abs/1909.08593
+    L(c) = -log softmax(scores, that of c less the margin)[c];
+    (1 - s) L(choice) + s / (K - 1) sum of L(k) over the others      https://arxiv.org/abs/1909.08593
+
+    For K = 2 it is ``bradley_terry_loss``.
 
     Args:
         scores: [N, K] scores of the K >= 2 completions of each prompt.
         choices: [N] integer index of the preferred one, 0..K-1.
+        margin: [N] by how much the preferred one should lead; None: 0.
+        label_smoothing: s in [0, 0.5], the assumed probability that a choice fell on one of the others.
+        present: [N, K] bool, where there is a completion; None: everywhere. Other scores do not matter.
 
     Returns:
         [N] fp32 losses (fp64 for fp64 scores).
 
     Raises:
-        ValueError: the tensors are not of these shapes, K < 2, or a choice is no integer in 0..K-1.
+        ValueError: the tensors are not of these shapes, K < 2, a choice is no integer in 0..K-1 or not present, or
+            ``label_smoothing`` is outside [0, 0.5].
     """
     require_rank(2, scores=scores)
     require_rank(1, choices=choices)
+    require_number("label_smoothing", label_smoothing, low=0.0, high=0.5)
     if scores.shape[1] < 2:
         raise ValueError(f"a choice needs at least two completions: {describe_shapes(scores=scores)}")
     if choices.shape[0] != scores.shape[0]:
@@ -71,7 +88,24 @@ def best_of_k_loss(scores: Tensor, choices: Tensor) -> Tensor:
     if bool(((choices < 0) | (choices >= scores.shape[1])).any()):
         shapes = describe_shapes(scores=scores, choices=choices)
         raise ValueError(f"choices must be between 0 and {scores.shape[1] - 1}, not {choices.tolist()} ({shapes})")
-    return -token_logprobs(scores, choices)
+    if present is None:
+        present = torch.ones_like(scores, dtype=torch.bool)
+    require_same_shape(scores=scores, present=present)
+    require_bool(present=present)
+    if not bool(present.gather(1, choices[:, None]).all()):
+        raise ValueError(f"a chosen completion is not present: choices {choices.tolist()}")
+    masked = upcast(scores).masked_fill(~present, -torch.inf)
+    if label_smoothing == 0 and margin is None:
+        return -token_logprobs(masked, choices)
+    lead = torch.zeros_like(masked[:, 0]) if margin is None else upcast(margin)
+    require_same_shape(choices=choices, margin=lead)
+    # [N, K, K]: row c holds the scores as they are if c was chosen, its own less the margin.
+    as_chosen = masked[:, None, :] - torch.diag_embed(lead[:, None].expand(-1, scores.shape[1]))
+    losses = -as_chosen.log_softmax(-1).diagonal(dim1=1, dim2=2)
+    others = present.scatter(1, choices[:, None], False)
+    share = label_smoothing / others.sum(1).clamp(min=1)
+    told = losses.gather(1, choices[:, None]).squeeze(1)
+    return (1 - label_smoothing) * told + share * losses.masked_fill(~others, 0.0).sum(1)
 
 
 def dpo_loss(

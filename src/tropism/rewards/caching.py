@@ -24,6 +24,7 @@ from tropism.rewards.config import RewardTerm
 from tropism.rewards.raw import RowError, Value
 from tropism.rewards.registry import FACTORIES, RewardFn, registered
 from tropism.rewards.resolve import code_digest
+from tropism.rewards.reward_model import NAME, find_reward_model, fingerprint, folder_named
 
 APPLICATION = 0x74726F70
 """Marks an SQLite file as a cache of rewards."""
@@ -152,14 +153,20 @@ def check_cacheable(asks: Asks, name: str) -> None:
 def identity_of(term: RewardTerm, function: RewardFn | None, name: str) -> str:
     """What a term's rewards depend on beside the row, as text.
 
-    Named rewards: the name, its arguments and the version of the library. Code references: the file's hash as well.
+    Named rewards: the name, its arguments and the version of the library. Reward models: their files as well. Code
+    references: the file's hash as well.
     Python functions: their source and that of their file, their defaults and what they enclose.
 
     Raises:
         ConfigError: what a function depends on cannot be told.
     """
     identity: dict[str, Any] = {"args": dict(term.args)}
-    if isinstance(term.use, str) and term.use in FACTORIES:
+    folder = folder_named(term)
+    if folder is not None:
+        model = fingerprint(find_reward_model(folder))
+        arguments = {name: value for name, value in term.args.items() if name != "model"}
+        identity = {"args": arguments, "use": NAME, "model": model, "version": metadata.version("tropism")}
+    elif isinstance(term.use, str) and term.use in FACTORIES:
         identity |= {"use": term.use, "version": metadata.version("tropism")}
     elif isinstance(term.use, str) and ":" in term.use:
         identity |= {"use": term.use, "code": code_digest(term.use)}

@@ -8,14 +8,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from tropism.errors import ConfigError, ModelError, RewardError
-from tropism.foreign.templates import render_chat_template
+from tropism.classifier_inputs import READ_TEXTS, ClassifierInputs, ReadText, UnreadableError
+from tropism.errors import ConfigError, ModelError
 from tropism.rewards.config import closest
 from tropism.rewards.raw import RowError
-from tropism.rewards.texts import plain_text
 
 Output = Literal["probability", "logit", "log_odds"]
-ReadText = Literal["completion", "prompt+completion"]
 
 
 def classifier(
@@ -50,7 +48,7 @@ def classifier(
 
     from tropism.foreign.pretrained import load_pretrained
 
-    for name, value, choices in (("output", output, (*get_args(Output), None)), ("text", text, get_args(ReadText))):
+    for name, value, choices in (("output", output, (*get_args(Output), None)), ("text", text, READ_TEXTS)):
         if value not in choices:
             raise ConfigError(f"{name}: unknown value {value!r}. {closest(str(value), filter(None, choices))}")
     if batch_size < 1:
@@ -95,15 +93,11 @@ class ClassifierReward:
         self.tokenizer = tokenizer
         self.label = label
         self.output: Output = output
-        self.text: ReadText = text
         self.batch_size = batch_size
-        self.cut_completion = cut_completion
+        self.inputs = ClassifierInputs(
+            model, tokenizer, text=text, max_length=max_length, cut_completion=cut_completion
+        )
         self.multi_label = model.config.problem_type == "multi_label_classification"
-        self.before, self.after = _special_affixes(tokenizer)
-        longest = _longest_input(model, tokenizer)
-        self.max_length = min(max_length or longest, longest)
-        if self.max_length <= len(self.before) + len(self.after):
-            raise ConfigError(f"max_length: {max_length} leaves no room for text beside the special tokens")
         # Many decoders have no pad token, or use eos, and then find the last token of a row by comparing ids. Rows of
         # one length need no padding; an id that never occurs keeps the model from taking a real eos for padding.
         self.pads = tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id
@@ -119,51 +113,10 @@ class ClassifierReward:
         return rewards
 
     def _input_ids(self, row: int, prompt: Any, completion: Any) -> list[int]:
-        """Ids of one text, special tokens included; a prompt that is too long loses its beginning."""
-        head, tail, templated = self._parts(prompt, completion)
-        before, after = ([], []) if templated else (self.before, self.after)
-        room = self.max_length - len(before) - len(after)
-        ids = self._encode(head + tail)
-        if len(ids) > room:
-            kept = self._encode(tail)
-            if len(kept) > room and not self.cut_completion:
-                raise RowError(
-                    f"the completion has {len(kept)} tokens and the classifier takes {room}; lower max_new_tokens, or "
-                    "set cut_completion to drop its end",
-                    row,
-                )
-            opening = self._encode(head)
-            ids = opening[max(len(opening) + len(kept) - room, 0) :] + kept[:room]
-        ids = [*before, *ids, *after]
-        if not ids:  # an empty text for a tokenizer that adds nothing
-            if self.tokenizer.eos_token_id is None:
-                raise RowError("it is empty, and the classifier's tokenizer has no special token for it", row)
-            ids = [self.tokenizer.eos_token_id]
-        return ids
-
-    def _parts(self, prompt: Any, completion: Any) -> tuple[str, str, bool]:
-        """What may be cut, what must stay, and whether a chat template already put the special tokens in."""
-        if self.text == "completion":
-            return "", plain_text(completion), False
-        if isinstance(prompt, str):
-            return prompt, plain_text(completion), False
-        if not self.tokenizer.chat_template:
-            return plain_text(prompt) + "\n", plain_text(completion), False
-        whole = self._rendered([*prompt, *completion], opened=False)
-        for opened in (True, False):
-            head = self._rendered(prompt, opened=opened)
-            if whole.startswith(head):
-                return head, whole[len(head) :], True
-        return "", whole, True
-
-    def _rendered(self, messages: list[Any], *, opened: bool) -> str:
-        """Messages by the classifier's chat template; ``opened`` ends them with the header of an answer."""
-        return render_chat_template(
-            self.tokenizer, messages, where="the classifier", add_generation_prompt=opened, error=RewardError
-        )
-
-    def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        try:
+            return self.inputs.ids(prompt, completion)
+        except UnreadableError as error:
+            raise RowError(str(error), row) from error
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
         """Row numbers of each forward pass: similar lengths together, equal lengths where the model cannot pad."""
@@ -231,26 +184,3 @@ def output_of(config: Any, output: Output | None) -> Output:
             f"output: the classifier's head is a regression without probabilities; use 'logit', not {output!r}"
         )
     return output or ("logit" if open_scale else "probability")
-
-
-def _special_affixes(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special tokens the tokenizer puts before and after a text, read off a sample."""
-    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    full = list(tokenizer("a")["input_ids"])
-    for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == plain:
-            return full[:start], full[start + len(plain) :]
-    raise ModelError("the classifier's tokenizer changes a text when it adds special tokens; this is not supported")
-
-
-def _longest_input(model: Any, tokenizer: Any) -> int:
-    """Tokens the classifier takes: the least of what tokenizer and position table say."""
-    limits = [int(min(tokenizer.model_max_length, 10**9))]
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and positions > 0:
-        offset = 0  # RoBERTa's first positions belong to padding
-        for name, module in model.named_modules():
-            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-                offset = module.padding_idx + 1
-        limits.append(positions - offset)
-    return min(limits)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -46,8 +47,8 @@ class RewardTerm:
     """One named part of the reward."""
 
     use: str | Callable[..., Any]
-    """A registered name (`vader`), a code reference (`module:function`, `file.py:function`; needs --allow-code), or,
-    from Python, any callable."""
+    """A registered name (`vader`), the folder of a trained reward model (`runs/my-rm`), a code reference
+    (`module:function`, `file.py:function`; needs --allow-code), or, from Python, any callable."""
     weight: float = 1.0
     """Factor of this term in the sum. 0 only logs the term; negative turns the policy away from it."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -65,6 +66,9 @@ class RewardTerm:
     """File in which rewards are kept by content, so that the same row is never scored again; None: no cache."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.use, Path):
+            text = str(self.use)
+            object.__setattr__(self, "use", text if "/" in text else f"./{text}")  # a bare word may be a reward's name
         if not callable(self.use) and not (isinstance(self.use, str) and self.use.strip()):
             raise ConfigError(f"use: expected a registered name, 'file.py:function' or a callable, not {self.use!r}")
         if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)) or not math.isfinite(self.weight):
@@ -92,8 +96,10 @@ class RewardTerm:
 
     @property
     def name(self) -> str:
-        """The name this term gets when none is given: the registered name or the function's."""
+        """The name this term gets when none is given: the registered name, the folder's or the function's."""
         if isinstance(self.use, str):
+            if "/" in self.use and ":" not in self.use:
+                return _name_of_folder(self.use)
             return self.use.rpartition(":")[2].rpartition(".")[2]
         return callable_name(self.use)
 
@@ -159,9 +165,9 @@ class RewardConfig:
     def of(cls, value: Any) -> RewardConfig:
         """A reward from any form a user may give it in.
 
-        A callable; a registered name; ``module:function`` or ``file.py:function``; ``{"name": reward}`` or
-        ``{"name": (reward, weight)}``; a recipe's ``{"terms": {...}, "clip": ...}`` or single ``{"use": ...}``; a
-        ``RewardTerm`` or ``RewardConfig``.
+        A callable; a registered name; the folder of a trained reward model; ``module:function`` or
+        ``file.py:function``; ``{"name": reward}`` or ``{"name": (reward, weight)}``; a recipe's ``{"terms": {...},
+        "clip": ...}`` or single ``{"use": ...}``; a ``RewardTerm`` or ``RewardConfig``.
 
         Raises:
             ConfigError: another type, an unknown key (names the closest), or a value out of range.
@@ -169,7 +175,7 @@ class RewardConfig:
         if isinstance(value, RewardConfig):
             return value
         if not isinstance(value, Mapping):
-            if not (callable(value) or isinstance(value, (str, RewardTerm))):
+            if not (callable(value) or isinstance(value, (str, Path, RewardTerm))):
                 raise ConfigError(
                     "reward: expected a callable, a name, or a mapping of names to rewards, not "
                     f"{type(value).__name__}. Several rewards are given as {{'name': (reward, weight), ...}}."
@@ -202,6 +208,14 @@ def check_timeout(seconds: Any) -> None:
     """Refuse what is neither None nor a positive, finite number of seconds."""
     if seconds is not None and not (_is_number(seconds) and 0 < seconds < math.inf):
         raise ConfigError(f"timeout: expected a positive number of seconds or nothing, not {seconds!r}")
+
+
+def _name_of_folder(use: str) -> str:
+    """The name of a run folder as that of a metric; the folder ``model`` in it goes by the run's name."""
+    path = Path(use)
+    stem = path.parent.name if path.name == "model" else path.name
+    name = re.sub(r"[^\w-]+", "-", stem).strip("-") or "reward_model"
+    return f"my_{name}" if name in RESERVED_NAMES else name
 
 
 def _is_number(value: Any) -> bool:

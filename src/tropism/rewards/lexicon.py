@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from tropism.errors import ConfigError
 from tropism.rewards.config import closest
-from tropism.rewards.texts import plain_text
+from tropism.texts import plain_text
 
 VaderScore = Literal["compound", "pos", "neu", "neg"]
 VaderText = Literal["completion", "prompt+completion"]

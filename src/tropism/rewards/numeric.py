@@ -10,7 +10,7 @@ from typing import Any
 
 from tropism.errors import ConfigError, RewardError
 from tropism.rewards.raw import RowError
-from tropism.rewards.texts import plain_text
+from tropism.texts import plain_text
 
 MAX_DIGITS = 50
 """More digits than this in a row are not taken for an answer."""

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from tropism.errors import ConfigError, RewardError
 from tropism.rewards.config import closest
 from tropism.rewards.raw import RowError
-from tropism.rewards.texts import plain_text
+from tropism.texts import plain_text
 
 OverlapMeasure = Literal["rouge1", "rouge2", "rougeL"]
 OverlapScore = Literal["f", "precision", "recall"]

@@ -25,6 +25,7 @@ FACTORIES: dict[str, str] = {
     "overlap": "tropism.rewards.overlap:overlap",
     "classifier": "tropism.rewards.classifier:classifier",
     "remote": "tropism.rewards.remote:remote",
+    "reward-model": "tropism.rewards.reward_model:reward_model",
 }
 """Name -> where the factory is. Factories are imported when used: some need torch or an optional package."""
 

@@ -16,6 +16,7 @@ from typing import Any
 from tropism.errors import ConfigError
 from tropism.rewards.config import RewardTerm, closest
 from tropism.rewards.registry import RewardFn, bind_arguments, make_reward
+from tropism.rewards.reward_model import NAME, names_folder
 
 logger = logging.getLogger("tropism")
 
@@ -25,14 +26,16 @@ _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 def resolve_reward(term: RewardTerm, *, allow_code: bool = False, expected_digest: str | None = None) -> RewardFn:
     """The function of a reward term, with its ``args`` bound.
 
-    A string with a colon refers to code and is refused unless ``allow_code``; what is imported is logged with its hash.
-    The working directory is not put on ``sys.path``: a file is named as a file.
+    A path is the folder of a trained reward model. A string with a colon refers to code and is refused unless
+    ``allow_code``; what is imported is logged with its hash. The working directory is not put on ``sys.path``: a file
+    is named as a file.
 
     Args:
         expected_digest: what ``code_digest`` gave in the process that announced the code; other code is refused.
 
     Raises:
-        ConfigError: unknown name, code that is not allowed, cannot be found, cannot be imported or cannot be called.
+        ConfigError: unknown name, a folder that holds no reward model, code that is not allowed, cannot be found,
+            cannot be imported or cannot be called.
     """
     if not isinstance(term.use, str):
         if inspect.isclass(term.use):
@@ -40,6 +43,10 @@ def resolve_reward(term: RewardTerm, *, allow_code: bool = False, expected_diges
                 f"reward {term.use.__name__} is a class; give an instance of it: {term.use.__name__}(...)"
             )
         return bind_arguments(term.use, term.args, f"reward {term.name!r}")
+    if names_folder(term.use):
+        if "model" in term.args:
+            raise ConfigError(f"args.model: {term.use} names the reward model already; leave it out")
+        return make_reward(NAME, {"model": term.use, **term.args})
     if ":" not in term.use:
         return make_reward(term.use, term.args)
     check_allowed(term, allow_code=allow_code)

@@ -11,7 +11,7 @@ import regex as timed_regex  # type: ignore[import-untyped]
 from tropism.errors import ConfigError
 from tropism.rewards.config import closest
 from tropism.rewards.raw import RowError
-from tropism.rewards.texts import plain_text
+from tropism.texts import plain_text
 
 Rule = Callable[..., list[float]]
 

@@ -15,6 +15,7 @@ from tropism.rewards.config import RewardTerm
 from tropism.rewards.raw import RowError, Value
 from tropism.rewards.registry import FACTORIES, RewardFn
 from tropism.rewards.resolve import announce_code, check_allowed, resolve_reward
+from tropism.rewards.reward_model import names_folder, warn_without_scale
 from tropism.rewards.workers import Workers
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class TermRunner:
         self._runner = runner
         self.function: RewardFn | None = None
         self.workers: Workers | None = None
+        warn_without_scale(term)
         if self.timeout is None:
             self.function = resolve_reward(term, allow_code=allow_code)
         else:
@@ -62,7 +64,8 @@ class TermRunner:
         if isinstance(use, str) and ":" in use:
             announce_code(use)
             return None
-        return None if isinstance(use, str) and use in FACTORIES else resolve_reward(self.term)
+        by_name = isinstance(use, str) and (use in FACTORIES or names_folder(use))
+        return None if by_name else resolve_reward(self.term)
 
     @property
     def _asks(self) -> Asks:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from tropism.errors import ConfigError
 from tropism.ops.slots import without_slots
 from tropism.rollouts.config import Sampling
+from tropism.rollouts.ends import end_token_id
 
 
 def check_context(prefixes: Sequence[tuple[tuple[int, ...], ...]], sampling: Sampling, limit: int | None) -> None:
@@ -26,9 +28,7 @@ def check_context(prefixes: Sequence[tuple[tuple[int, ...], ...]], sampling: Sam
             )
 
 
-def check_ids(
-    prefixes: Sequence[tuple[tuple[int, ...], ...]], sampling: Sampling, vocabulary: int, *, slots: bool
-) -> None:
+def check_ids(prefixes: Sequence[tuple[tuple[int, ...], ...]], vocabulary: int, *, slots: bool) -> None:
     """Whether the model has an embedding for every id.
 
     Args:
@@ -37,13 +37,26 @@ def check_ids(
     Raises:
         ConfigError: names the first prompt with an id of its own.
     """
-    places = {
-        f"prompt {index}": [i for ids in prefix for i in (_text(ids, f"prompt {index}") if slots else ids)]
-        for index, prefix in enumerate(prefixes)
-    }
-    for place, ids in {**places, "sampling.stop_token_ids": sampling.stop_token_ids}.items():
-        if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
-            raise ConfigError(f"{place} names a token beyond the model's vocabulary, the ids 0 to {vocabulary - 1}")
+    for index, prefix in enumerate(prefixes):
+        place = f"prompt {index}"
+        _check_known([i for ids in prefix for i in (_text(ids, place) if slots else ids)], place, vocabulary)
+
+
+def check_ends(sampling: Sampling, tokenizer: Any, vocabulary: int) -> None:
+    """Whether the tokens that end completions are tokens of the model.
+
+    Raises:
+        ConfigError: names the setting that is not.
+    """
+    _check_known(sampling.stop_token_ids, "sampling.stop_token_ids", vocabulary)
+    if sampling.truncation is not None:
+        end = end_token_id(sampling.truncation.token, tokenizer)
+        _check_known([end], "sampling.truncation.token", vocabulary)
+
+
+def _check_known(ids: Sequence[int], place: str, vocabulary: int) -> None:
+    if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+        raise ConfigError(f"{place} names a token beyond the model's vocabulary, the ids 0 to {vocabulary - 1}")
 
 
 def _text(ids: Sequence[int], where: str) -> Sequence[int]:

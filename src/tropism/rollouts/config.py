@@ -2,7 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, Self, get_args
+
+Beyond = Literal["stop", "mask", "train"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truncation:
+    """A token that ends completions once they have some length, such as the full stop of a sentence.
+
+    Fine-tuning language models from human preferences, https://arxiv.org/abs/1909.08593.
+    """
+
+    token: str | int
+    """A text that is exactly one token of the model's tokenizer where it follows other text, or the token's id."""
+    after: int = 0
+    """The first such token at this index of the completion (from 0) or later ends it; earlier ones are plain text."""
+    beyond: Beyond = "stop"
+    """`stop` ends sampling there; `mask` always samples max_new_tokens tokens and cuts off what follows the end;
+    `train` samples as many and trains them all, and rewards see the text up to the end. In `mask` and `train` no eos
+    ends a completion."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.token, bool) or not isinstance(self.token, (str, int)):
+            raise ValueError(f"token must be a text that is one token, or an id, not {self.token!r:.60}")
+        if self.token == "":
+            raise ValueError("token must not be empty: give a text that is one token, or an id")
+        if isinstance(self.token, int) and self.token < 0:
+            raise ValueError(f"token is the id {self.token}; ids are not negative")
+        if self.after < 0:
+            raise ValueError("after must not be negative: it is the index of a token")
+        if self.beyond not in get_args(Beyond):
+            raise ValueError(f"beyond must be one of {', '.join(get_args(Beyond))}, not {self.beyond!r:.60}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +59,8 @@ class Sampling:
     """Strings that end a completion; the text that rewards see ends before the string, the token ids keep it."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a completion, beside the model's eos."""
+    truncation: Truncation | None = None
+    """A token that ends completions once they have some length; None: there is none."""
     batch_size: int = 64
     """Most rows decoded at once; as rows end, waiting prompts take their place."""
 
@@ -45,8 +79,53 @@ class Sampling:
         for message, holds in checks.items():
             if not holds:
                 raise ValueError(message)
+        if self.truncation is not None:
+            self._check_truncation(self.truncation)
+
+    def _check_truncation(self, truncation: Truncation) -> None:
+        after, beyond = truncation.after, truncation.beyond
+        if after >= self.max_new_tokens:
+            raise ValueError(
+                f"truncation.after is {after}, and the last token of max_new_tokens={self.max_new_tokens} has the "
+                f"index {self.max_new_tokens - 1}: no token could end a completion. Lower truncation.after, raise "
+                "max_new_tokens, or leave truncation out"
+            )
+        if beyond == "stop" and self.min_new_tokens > after + 1:
+            raise ValueError(
+                f"min_new_tokens={self.min_new_tokens} is more than the {after + 1} tokens after which "
+                f"truncation.after={after} lets a completion end; raise truncation.after"
+            )
+        if self.fixed_length:
+            ends = {"stop": self.stop, "stop_token_ids": self.stop_token_ids, "min_new_tokens": self.min_new_tokens}
+            for name, given in ends.items():
+                if given:
+                    raise ValueError(
+                        f"{name} says where completions may end, and with truncation.beyond={beyond!r} none ends "
+                        f"before max_new_tokens. Leave {name} out, or set truncation.beyond to 'stop'"
+                    )
+
+    @property
+    def fixed_length(self) -> bool:
+        """Whether exactly ``max_new_tokens`` tokens are sampled, whatever they are."""
+        return self.truncation is not None and self.truncation.beyond != "stop"
+
+    def can_end(self, *, eos: bool) -> bool:
+        """Whether anything but the length limit can end a completion.
+
+        Args:
+            eos: whether the model has one.
+        """
+        return self.truncation is not None or bool(self.stop or self.stop_token_ids) or eos
 
     @property
     def softmax_temperature(self) -> float:
         """The temperature at which log-probs are reported: greedy sampling reports them at 1."""
         return self.temperature if self.temperature > 0 else 1.0
+
+    def shortened(self, max_new_tokens: int) -> Self:
+        """The same with at most that many tokens; what cannot happen before then may happen at the last token."""
+        new = min(max_new_tokens, self.max_new_tokens)
+        truncation = self.truncation
+        if truncation is not None:
+            truncation = replace(truncation, after=min(truncation.after, new - 1))
+        return replace(self, max_new_tokens=new, min_new_tokens=min(new, self.min_new_tokens), truncation=truncation)

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from tropism.errors import ConfigError, NumericsError
 from tropism.ops.slots import without_slots
-from tropism.rollouts.checks import check_context, check_ids
+from tropism.rollouts.checks import check_context, check_ends, check_ids
 from tropism.rollouts.config import Sampling
 from tropism.rollouts.distribution import draw, penalise_repetition, truncate
+from tropism.rollouts.ends import Ends
 from tropism.rollouts.kv_cache import SlabCache
 from tropism.rollouts.protocol import Capabilities, FilterContext, GeneratingPolicy, LogitFilter, SamplingModel
 from tropism.rollouts.randomness import StreamKey
-from tropism.rollouts.stops import StopStrings
 from tropism.types import FinishReason, Prompt, Rollouts, pad_rows
 
 SLACK = 32
@@ -73,7 +73,7 @@ class EmbeddedSampler:
     """Samples with the policy's own weights and forward pass.
 
     Args:
-        tokenizer: for stop strings.
+        tokenizer: for stop strings, and for the token of ``Truncation`` where it is given as text.
         eos_ids: tokens that end a completion; empty where the model has none.
     """
 
@@ -108,30 +108,38 @@ class EmbeddedSampler:
         if len({len(p) for p in prefixes}) > 1:
             raise ConfigError("every prompt needs the same number of streams")
         check_context(prefixes, sampling, policy.context_length)
-        check_ids(prefixes, sampling, int(policy.config.vocab_size), slots=policy.takes_slots)
+        vocabulary = int(policy.config.vocab_size)
+        check_ids(prefixes, vocabulary, slots=policy.takes_slots)
+        check_ends(sampling, self.tokenizer, vocabulary)
         rows = [_Row(index=i * n + j, prefixes=prefix) for i, prefix in enumerate(prefixes) for j in range(n)]
-        ends = (frozenset(self.eos_ids), frozenset(sampling.stop_token_ids))
-        stops = StopStrings(sampling.stop, self.tokenizer) if sampling.stop else None
+        ends = Ends.of(sampling, self.eos_ids, self.tokenizer)
         with policy.for_sampling() as model:
-            _Decoder(policy, model, rows, sampling, key, first_index, filters, ends, stops).run()
-        return _collect(rows, sampling)
+            _Decoder(policy, model, rows, sampling, key, first_index, filters, ends).run()
+        return _collect(rows, sampling, ends)
 
 
-def _collect(rows: Sequence[_Row], sampling: Sampling) -> Rollouts:
+def _collect(rows: Sequence[_Row], sampling: Sampling, ends: Ends) -> Rollouts:
     reasons: list[FinishReason] = []
     for row in rows:
         assert row.finish_reason is not None
         reasons.append(row.finish_reason)
     prompts = [row.prefixes[0] for row in rows]
+    kept = [ends.kept(row.ids) for row in rows]
+
+    def numbers(name: str) -> Tensor:
+        given = [getattr(row, name)[:length] for row, length in zip(rows, kept, strict=True)]
+        return pad_rows(given, value=0.0, dtype=torch.float32)
+
     return Rollouts(
         prompt_ids=pad_rows(prompts, left=True),
         prompt_lengths=torch.tensor([len(ids) for ids in prompts]),
-        completion_ids=pad_rows([row.ids for row in rows]),
-        completion_lengths=torch.tensor([len(row.ids) for row in rows]),
-        logprobs=pad_rows([row.logprobs for row in rows], value=0.0, dtype=torch.float32),
-        behaviour_logprobs=pad_rows([row.behaviour_logprobs for row in rows], value=0.0, dtype=torch.float32),
-        values=pad_rows([row.values for row in rows], value=0.0, dtype=torch.float32) if rows[0].values else None,
+        completion_ids=pad_rows([row.ids[:length] for row, length in zip(rows, kept, strict=True)]),
+        completion_lengths=torch.tensor(kept),
+        logprobs=numbers("logprobs"),
+        behaviour_logprobs=numbers("behaviour_logprobs"),
+        values=numbers("values") if rows[0].values else None,
         finish_reasons=tuple(reasons),
+        visible_lengths=torch.tensor([ends.visible(row.ids) for row in rows]) if ends.keeps_rest else None,
         temperature=sampling.softmax_temperature,
     )
 
@@ -148,14 +156,12 @@ class _Decoder:
         key: StreamKey,
         first_index: int,
         filters: Sequence[LogitFilter],
-        ends: tuple[frozenset[int], frozenset[int]],
-        stops: StopStrings | None,
+        ends: Ends,
     ) -> None:
         self.policy, self.device, self.model, self.sampling = policy, policy.device, model, sampling
         self.key, self.first_index = key, first_index
-        self.filters, self.stops = filters, stops
-        self.eos_ids, self.stop_ids = ends
-        self.forbidden_early = torch.tensor(sorted(self.eos_ids | self.stop_ids), device=self.device)
+        self.filters, self.ends = filters, ends
+        self.forbidden_early = torch.tensor(sorted(ends.eos_ids | ends.stop_ids), device=self.device)
         self.streams = len(rows[0].prefixes)
         self.waiting = deque(rows)
         self.active: list[_Row] = []
@@ -341,15 +347,11 @@ class _Decoder:
         return torch.from_numpy(self.key.uniforms(samples, tokens))
 
     def _finish(self) -> None:
+        stops = self.ends.stops
         for row in self.active:
-            if self.stops is not None and not row.spelled_stop:
-                row.spelled_stop = self.stops.ended(row.prompt, row.ids)
-            if row.ids[-1] in self.eos_ids:
-                row.finish_reason = "eos"
-            elif row.ids[-1] in self.stop_ids or (row.spelled_stop and len(row.ids) >= self.sampling.min_new_tokens):
-                row.finish_reason = "stop"
-            elif len(row.ids) == self.sampling.max_new_tokens:
-                row.finish_reason = "length"
+            if stops is not None and not row.spelled_stop:
+                row.spelled_stop = stops.ended(row.prompt, row.ids)
+            row.finish_reason = self.ends.reason(row.ids, spelled_stop=row.spelled_stop)
 
     def _drop_ended(self) -> Tensor:
         """Rows that ended leave the batch and the cache; returns the former places [R] of those that stay.

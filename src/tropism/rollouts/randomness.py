@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 Words = npt.NDArray[np.uint64]
-Purpose = Literal["training", "evaluation", "checks", "generate", "targets", "dropout"]
+Purpose = Literal["training", "evaluation", "checks", "generate", "targets", "dropout", "normalisation"]
 PURPOSES: dict[Purpose, int] = {
     "training": 1,
     "evaluation": 2,
@@ -21,6 +21,7 @@ PURPOSES: dict[Purpose, int] = {
     "generate": 4,
     "targets": 5,
     "dropout": 6,
+    "normalisation": 7,
 }
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -10,7 +10,7 @@ from tropism.types import Messages, Prompt, RewardInputs, Rollouts
 
 
 class Transcriber:
-    """Rollouts as text, ids, finish reasons and columns.
+    """Rollouts as text, ids, finish reasons and columns; of tokens behind ``visible_lengths`` rewards learn nothing.
 
     Args:
         tokenizer: special tokens are left out of texts; bytes that are no text become U+FFFD.
@@ -25,7 +25,7 @@ class Transcriber:
         self, rollouts: Rollouts, prompts: Sequence[Prompt], trainer_state: Mapping[str, int | float] | None = None
     ) -> RewardInputs:
         """Args: prompts: one per row of ``rollouts``."""
-        ids = [row[:n].tolist() for row, n in zip(rollouts.completion_ids, rollouts.completion_lengths, strict=True)]
+        ids = [row[:n].tolist() for row, n in zip(rollouts.completion_ids, rollouts.seen_lengths, strict=True)]
         names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
         return RewardInputs(
             prompts=[prompt.text for prompt in prompts],

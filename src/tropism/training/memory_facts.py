@@ -132,10 +132,16 @@ def architecture_of(policy: Any) -> Architecture:
         heads=heads,
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_size=int(getattr(config, "head_dim", None) or hidden // heads),
-        vocabulary=int(model.get_output_embeddings().weight.shape[0]),
+        vocabulary=_vocabulary(model),
         mlp_tensors=4 if gated else 5 if activation in COMPOSED_ACTIVATIONS else 2,
         eager_attention=model.config._attn_implementation == "eager",
     )
+
+
+def _vocabulary(model: Any) -> int:
+    """Logits of a token; none of a model that scores whole texts."""
+    output = model.get_output_embeddings()
+    return 0 if output is None else int(output.weight.shape[0])
 
 
 def _first(config: Any, *names: str) -> Any:
@@ -174,6 +180,8 @@ def rows_of(
         held_out: prompts that evaluation answers, one completion each.
         before: tokens that stand before every prompt, or text, and are not in it: those that ask for rewards.
     """
+    if config.reads == "comparisons":
+        return _rows_of_comparisons(items, prompts_per_step)
     if config.reads != "prompts":
         return _rows_of_texts(items, prompts_per_step, before)
     lengths, new = [before + len(prompt.ids) for prompt in items], sampling.max_new_tokens
@@ -200,6 +208,14 @@ def _rows_of_texts(texts: Sequence[Any], batch_size: int, before: int) -> Rows:
         mean_tokens=sum(lengths) / len(lengths),
         longest_tokens=max(lengths),
         trained_share=learned / sum(lengths),
+    )
+
+
+def _rows_of_comparisons(items: Sequence[Any], batch_size: int) -> Rows:
+    """An item is computed whole, so that all of its texts make one row."""
+    lengths = [max(map(len, item.ids)) * len(item.ids) for item in items]
+    return Rows(
+        count=batch_size, mean_tokens=sum(lengths) / len(lengths), longest_tokens=max(lengths), trained_share=1.0
     )
 
 
@@ -241,7 +257,7 @@ def load_of(policy: Any, reference: Any, rows: Rows, trainer: TrainerConfig, *, 
         micro_batch_tokens=min(
             trainer.micro_batch_tokens, (trainer.micro_batch_size or rows.count) * rows.longest_tokens
         ),
-        chunk_bytes=policy.chunk_size * 4 * policy.language_model.get_output_embeddings().weight.shape[0],
+        chunk_bytes=policy.chunk_size * 4 * _vocabulary(policy.language_model),
         sampled_rows=-(-rows.sampled // processes),
         sampled_prompts=-(-rows.prompts // processes),
         prompt_tokens=rows.longest_prompt,

@@ -44,11 +44,7 @@ def sample_rows(
     """A few tokens for two prompts of different lengths (one where there is only one)."""
     ordered = sorted(prompts, key=lambda p: len(p.ids))
     chosen = [ordered[0], ordered[len(ordered) // 2]][: len(prompts)]
-    short = replace(
-        sampling,
-        max_new_tokens=min(NEW_TOKENS, sampling.max_new_tokens),
-        min_new_tokens=min(1, sampling.min_new_tokens),
-    )
+    short = replace(sampling, min_new_tokens=min(1, sampling.min_new_tokens)).shortened(NEW_TOKENS)
     rollouts = sampler.generate(policy, chosen, short, 1, key=StreamKey(seed=seed, purpose="checks"))
     return chosen, rollouts.to(policy.device)
 

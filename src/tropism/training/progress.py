@@ -38,9 +38,17 @@ class Live:
     SHOWN = (
         ("reward/mean", "reward {:.3f}"),
         ("loss/nll", "loss {:.3f}"),
+        ("loss/choice", "loss {:.3f}"),
+        ("eval/accuracy", "held-out accuracy {:.3f}"),
         ("policy/sequence_kl", "KL {:.2f}"),
         ("throughput/tokens_per_second", "{:.0f} tok/s"),
     )
+
+    @classmethod
+    def text(cls, numbers: Mapping[str, float]) -> str:
+        """The numbers that are there; no speed of steps that sample nothing."""
+        shown = {name: value for name, value in numbers.items() if value or not name.startswith("throughput/")}
+        return "  ".join(text.format(shown[name]) for name, text in cls.SHOWN if name in shown)
 
     def __init__(self, progress: Progress, task: int) -> None:
         self.progress = progress
@@ -48,8 +56,7 @@ class Live:
         self.scoring_task: int | None = None
 
     def step(self, step: int, numbers: Mapping[str, float]) -> None:
-        parts = [text.format(numbers[name]) for name, text in self.SHOWN if name in numbers]
-        self.progress.update(self.task, completed=step, numbers="  ".join(parts))  # type: ignore[arg-type]
+        self.progress.update(self.task, completed=step, numbers=self.text(numbers))  # type: ignore[arg-type]
 
     def stage(self, name: str) -> None:
         self.progress.update(self.task, description=name)  # type: ignore[arg-type]
@@ -78,8 +85,7 @@ class Lines:
         now = time.monotonic()
         if now - self.last >= 10 or step == self.total:
             self.last = now
-            parts = [text.format(numbers[name]) for name, text in Live.SHOWN if name in numbers]
-            self.console.print(f"step {step}/{self.total}  " + "  ".join(parts), highlight=False)
+            self.console.print(f"step {step}/{self.total}  {Live.text(numbers)}", highlight=False)
 
     def stage(self, name: str) -> None: ...
 

@@ -23,12 +23,11 @@ class Transcribe(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutMaker:
-    """Completions and their rewards. Every process gets all of them, and makes its share."""
+class CompletionMaker:
+    """Completions. Every process gets all of them, and makes its share."""
 
     sampler: Sampler
     sampling: Sampling
-    harness: RewardHarness
     transcribe: Transcribe
     policy: Any
     processes: Processes
@@ -52,6 +51,13 @@ class RolloutMaker:
             parts = self.processes.together(sample)
         return Rollouts.concat([rollouts for part in parts for rollouts in part])
 
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutMaker(CompletionMaker):
+    """Completions and their rewards. Every process gets all of them, and makes its share."""
+
+    harness: RewardHarness
+
     def score(
         self, rollouts: Rollouts, prompts: Sequence[Prompt], state: Mapping[str, int], *, raw: bool = False
     ) -> tuple[RewardInputs, RewardBatch]:
@@ -66,5 +72,5 @@ class RolloutMaker:
         own = inputs.rows(first, first + len(mine))
         parts = self.processes.together(lambda: self.harness.evaluate(own, first_row=first))
         merged = type(parts[0]).concat(parts)
-        lengths, width = rollouts.completion_lengths, rollouts.completion_ids.shape[1]
+        lengths, width = rollouts.seen_lengths, rollouts.completion_ids.shape[1]
         return inputs, self.harness.combine(merged, lengths, width, update_moments=not raw, unscaled=raw)

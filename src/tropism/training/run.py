@@ -55,12 +55,14 @@ class Run:
         evaluations: list[Evaluation],
         export: Callable[[], None],
         begin: Callable[[], None],
+        conclude: Callable[[], None],
         identity: Callable[[], Mapping[str, Any]],
         command: str,
     ) -> None:
         self.folder, self.config, self.processes = folder, config, processes
         self.policy, self.evaluations, self.export = policy, evaluations, export
         self.interrupts, self.begin, self.identity = processes.interrupts, begin, identity
+        self.conclude = conclude  # what all processes do between the last checkpoint and the export
         self.command = command  # that goes on with the run
         self.monitor = Monitor()
         self.best = Best()
@@ -144,6 +146,7 @@ class Run:
         self.take_best()
         with self.processes.in_step():
             self.policy.gather()
+        self.conclude()
         self.processes.together(lambda: self.export() if self.processes.is_main else None, abandon=False)
         number = self.processes.signal_anywhere()
         if number is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from tropism.training.processes import Processes, micro_batches
-from tropism.types import Tokens
+from tropism.training.processes import Processes, micro_batches, plan_micro_batches
+from tropism.types import Tokens, pad_rows
 
 
 class ModelScorer:
@@ -80,6 +80,33 @@ class ModelScorer:
             shares = self.processes.together(compute, alone=not sharded)
         # Every row is computed by one process, and 0 in what the others give.
         return {name: torch.stack([share[name] for share in shares]).sum(0) for name in shapes}
+
+
+class TextScorer:
+    """A reward model over whole texts.
+
+    Args:
+        max_tokens: most padded tokens of a forward pass.
+    """
+
+    def __init__(self, model: Any, processes: Processes, *, max_tokens: int) -> None:
+        self.model, self.processes, self.max_tokens = model, processes, max_tokens
+
+    @torch.no_grad()
+    def __call__(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """[N] scores of rows of ids, fp32 on the CPU. Every process is given all rows and scores its share."""
+        _, mine = self.processes.share(rows)
+
+        def compute() -> Tensor:
+            scores = torch.zeros(len(mine))
+            lengths = torch.tensor([len(row) for row in mine], dtype=torch.long)
+            with self.processes.accelerator.autocast():
+                for chosen in plan_micro_batches(lengths, max_tokens=self.max_tokens):
+                    ids = pad_rows([mine[place] for place in chosen.tolist()]).to(self.model.device)
+                    scores[chosen] = self.model(ids, lengths[chosen].to(ids.device)).float().cpu()
+            return scores
+
+        return torch.cat(self.processes.together(compute))
 
 
 def _put(result: Tensor, rows: Tensor, value: Tensor) -> None:

@@ -14,6 +14,7 @@ from tropism.algorithms.base import CollectStats, OnPolicyAlgorithm, Scorer
 from tropism.data.demonstrations import Demonstration, collate_demonstrations
 from tropism.data.order import PromptStream, epoch_order
 from tropism.errors import ConfigError
+from tropism.judgements import ComparisonBatch
 from tropism.ops import kl_k1
 from tropism.training.correction import sampling_correction
 from tropism.training.finite import require_finite
@@ -260,13 +261,13 @@ def _sequence_kl(batch: PolicyBatch) -> float:
 
 def rollout_metrics(rollouts: Rollouts, rewards: RewardBatch) -> Metrics:
     """What is logged about the completions of one collect, whatever is made of them."""
-    lengths = rollouts.completion_lengths.float()
+    seen = rollouts.seen_lengths.float()
     distinct = {
         tuple(row[:n].tolist()) for row, n in zip(rollouts.completion_ids, rollouts.completion_lengths, strict=True)
     }
     return {
-        "rollout/length_mean": float(lengths.mean()),
-        "rollout/tokens": float(lengths.sum()),
+        "rollout/length_mean": float(seen.mean()),
+        "rollout/tokens": float(rollouts.completion_lengths.sum()),
         "rollout/eos_fraction": sum(reason == "eos" for reason in rollouts.finish_reasons) / len(rollouts),
         "rollout/truncated_fraction": float(rollouts.truncated.float().mean()),
         "rollout/empty_fraction": float((rollouts.completion_lengths <= 1).float().mean()),
@@ -278,7 +279,12 @@ def rollout_metrics(rollouts: Rollouts, rewards: RewardBatch) -> Metrics:
 def collect_metrics(rollouts: Rollouts, rewards: RewardBatch, batch: PolicyBatch, group_size: int) -> Metrics:
     """What is logged about one collect."""
     groups = rewards.totals.view(-1, group_size)
-    metrics = {**rollout_metrics(rollouts, rewards), "policy/sequence_kl": _sequence_kl(batch)}
+    surprise = -(batch.old_logprobs * batch.completion_mask).sum(-1)
+    metrics = {
+        **rollout_metrics(rollouts, rewards),
+        "policy/sequence_kl": _sequence_kl(batch),
+        "policy/sequence_entropy": float(surprise.mean()),
+    }
     if group_size > 1:
         metrics["reward/zero_variance_groups"] = float((groups.amax(1) == groups.amin(1)).float().mean())
     return metrics
@@ -295,7 +301,7 @@ class TextSource(ABC, Generic[T]):
         self.seen = CollectStats(samples=0, tokens=0)
 
     @abstractmethod
-    def batch_of(self, taken: Sequence[tuple[int, T]], first: int) -> Batch:
+    def batch_of(self, taken: Sequence[tuple[int, T]], first: int) -> Batch | ComparisonBatch:
         """What is made of texts.
 
         Args:
@@ -303,7 +309,7 @@ class TextSource(ABC, Generic[T]):
             first: how many were taken before them, over all epochs.
         """
 
-    def collect(self, policy: Any) -> Iterator[Batch]:
+    def collect(self, policy: Any) -> Iterator[Batch | ComparisonBatch]:
         first = self.stream.position
         batch = self.batch_of(self.stream.take(self.batch_size), first)
         self.seen = CollectStats(samples=len(batch), tokens=int(batch.loss_mask.sum()))

@@ -202,7 +202,7 @@ class Trainer:
         missing = self.processes.maximum(len(parts)) - len(parts) if self.sharded else 0
         for _ in range(missing):
             row = batch.select(torch.zeros(1, dtype=torch.long))
-            parts.append(type(row)(**{**vars(row), "loss_mask": torch.zeros_like(row.loss_mask)}))
+            parts.append(row.emptied())
         return [part.to(self.device) for part in parts]
 
     def _reduced(self, shares: list[dict[str, float]]) -> Metrics:

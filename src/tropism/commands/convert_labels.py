@@ -1,0 +1,110 @@
+"""tropism convert labels FILE.json --tokenizer MODEL --out FILE.jsonl"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from tropism.commands.console import console, printable
+from tropism.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tropism.data.label_files import ConvertedLabels
+
+COLUMNS = {
+    "choice": "prompt, completions, choice",
+    "rating": "prompt, completion, rating",
+    "difference": "prompt, completions, difference",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write a label file of openai/lm-human-preferences, which holds token ids, as one JSON object of texts per line.
+
+    All three kinds are taken: best_of_N, scalar_rating and scalar_compare. Padding is left out.
+    """
+
+    source: tyro.conf.Positional[Path]
+    """The label file (.json, also .gz)."""
+    tokenizer: str
+    """Hub id, model folder or run folder with the tokenizer of the labels: that of GPT-2 for the published ones."""
+    out: Path
+    """The .jsonl file to write. It appears once it is whole."""
+    overwrite: bool = False
+    """Replace a file that is there."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Write the file, and say what does not survive."""
+    options = tyro.cli(
+        Options,
+        args=arguments,
+        prog="tropism convert labels",
+        description=Options.__doc__,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    _check_out(options.out, overwrite=options.overwrite)
+    from tropism.commands.quiet import quieten_libraries
+    from tropism.data.label_files import convert_labels
+    from tropism.storage import write_whole
+
+    quieten_libraries()
+    converted = convert_labels(options.source, load_label_tokenizer(options.tokenizer))
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in converted.rows)
+    write_whole(options.out, "".join(lines).encode())
+    show(converted, options.out)
+
+
+def show(converted: ConvertedLabels, path: Path) -> None:
+    """What was written, and how much of it is encoded to other ids again."""
+    out = console()
+    if converted.changed:
+        out.print(
+            f"{converted.changed} of {len(converted.rows)} records are encoded to other ids than they were decoded"
+            " from: they were sampled as other tokens than the tokenizer makes of this text, or end within a character."
+            " To train on the exact ids, name the label file itself as data",
+            soft_wrap=True,
+        )
+    out.print(printable(f"written: {path} ({len(converted.rows)} records: {COLUMNS[converted.kind]})"), soft_wrap=True)
+
+
+def load_label_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without its weights.
+
+    Raises:
+        ModelError: there is none of this name.
+    """
+    from tropism.foreign.pretrained import configuration, load_tokenizer
+    from tropism.foreign.view import model_view
+    from tropism.generation import model_path
+    from tropism.models.loading import folder_or_hub_id
+
+    path = model_path(name)
+    source = folder_or_hub_id(path, Path(path))
+    try:
+        with model_view(source, revision=None, weights=False) as view:
+            return load_tokenizer(view, configuration(view, source), source)
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(
+            f"the tokenizer of {source} cannot be loaded: {reason.rstrip('.')}; name a model folder or hub id"
+        ) from error
+
+
+def _check_out(path: Path, *, overwrite: bool) -> None:
+    """Look before anything is read."""
+    if path.suffix != ".jsonl":
+        raise ConfigError(f"{path}: name a .jsonl file to write")
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"cannot be written: there is no folder {path.parent}"
+        raise ConfigError(f"{path} {what}; name a file in a folder that is there")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} is there already; name another file, or replace it with --overwrite")
