@@ -253,6 +253,15 @@ def test_overrides_keep_the_rest_of_a_section(train: Train, folder: Path, capsys
     assert "name: grpo" in shown and "kl_coef: 0.3" in shown and "prompts: 2\n" in shown
 
 
+def test_a_word_for_a_section_keeps_the_keys_below_it(
+    train: Train, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "other.txt").write_text("one more\nand another\nand one\n")
+    assert train("--dry-run", "--data", "other.txt", "--data.limit", "2", algorithm="grpo") == 0
+    shown = capsys.readouterr().out
+    assert "path: other.txt" in shown and "prompts: 2\n" in shown
+
+
 def test_train_then_generate_then_report(train: Train, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("--reward", "rewards.py:fine", "--allow-code") == 0
     assert "tropism generate run" in capsys.readouterr().out

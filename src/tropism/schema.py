@@ -30,6 +30,7 @@ MOST = 2**63
 """Whole numbers of this size and beyond are no settings: nothing that counts or is stored in 64 bits reaches it."""
 MOST_DOTS = 20
 """Levels of a dotted key."""
+NO_SHORTHANDS: Mapping[str, str] = types.MappingProxyType({})
 
 
 # ---- building dataclasses ------------------------------------------------------------------------------------------
@@ -257,11 +258,16 @@ def _refuse_huge(number: int, path: str) -> None:
 # ---- the command line ----------------------------------------------------------------------------------------------
 
 
-def apply_overrides(mapping: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+def apply_overrides(
+    mapping: Mapping[str, Any], arguments: Sequence[str], *, shorthands: Mapping[str, str] = NO_SHORTHANDS
+) -> dict[str, Any]:
     """``mapping`` with ``--dotted.key value`` and ``--dotted.key=value`` pairs merged in; the last one wins.
 
     A value in quotes, brackets or braces is YAML; ``none`` and ``null`` mean null; true, false and numbers are
     what they look like; all else is text as it stands. A dotted key below text or null puts a mapping in its place.
+
+    Args:
+        shorthands: of sections that may be one text, the field that the text is for; a dotted key below keeps it there.
 
     Raises:
         ConfigError: an argument that is not of this form, or a dotted key below a list or number.
@@ -279,7 +285,7 @@ def apply_overrides(mapping: Mapping[str, Any], arguments: Sequence[str]) -> dic
                 raise ConfigError(f"--{key}: needs a value (--{key} VALUE or --{key}=VALUE)")
             text = arguments[position]
         position += 1
-        _set(merged, key, _parse_value(text, f"--{key}"))
+        _set(merged, key, _parse_value(text, f"--{key}"), shorthands)
     return merged
 
 
@@ -304,7 +310,7 @@ def _parse_value(text: str, source: str) -> Any:
     return text
 
 
-def _set(mapping: dict[str, Any], dotted: str, value: Any) -> None:
+def _set(mapping: dict[str, Any], dotted: str, value: Any, shorthands: Mapping[str, str]) -> None:
     *parents, last = dotted.split(".")
     if not all(parents) or not last:
         raise ConfigError(f"--{dotted:.60}: a dotted key has a name between its dots")
@@ -313,7 +319,8 @@ def _set(mapping: dict[str, Any], dotted: str, value: Any) -> None:
     for depth, name in enumerate(parents):
         below = mapping.get(name)
         if below is None or isinstance(below, str):
-            below = mapping[name] = {}
+            kept = {shorthands[name]: below} if depth == 0 and below is not None and name in shorthands else {}
+            below = mapping[name] = kept
         elif not isinstance(below, dict):
             raise ConfigError(f"--{dotted}: {'.'.join(parents[: depth + 1])} is {_show(below)}, not a mapping")
         mapping = below

@@ -142,7 +142,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["generate", "model", "a", "--device", "toaster"], "toaster"),
     (["generate", "model", "a", "--temperature", "-1"], "temperature"),
     # evaluate
-    (["evaluate", "nowhere"], "nowhere is no run folder"),
+    (["evaluate", "nowhere"], "nowhere is not there"),
     (["evaluate", "notes", "--data", "prompts.txt", "--reward", "vader"], "notes holds no config.json"),
     (["evaluate", "unfinished"], "the run unfinished has no model yet"),
     (["evaluate", "cut-weights"], "cut-weights/model"),

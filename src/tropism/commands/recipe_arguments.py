@@ -64,29 +64,11 @@ def with_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dict
     Raises:
         ConfigError: an override that cannot be, or a file that lets a model's code run where no override does.
     """
-    overrides = _whole_words_named(overrides)
     keys = [word[2:].partition("=")[0] for word in overrides if word.startswith("--")]
-    merged = dict(mapping)
-    for section, field in SHORTHANDS.items():
-        if isinstance(merged.get(section), str) and any(key.startswith(f"{section}.") for key in keys):
-            merged[section] = {field: merged[section]}
-    merged = apply_overrides(merged, overrides)
+    merged = apply_overrides(mapping, overrides, shorthands=SHORTHANDS)
     if not {"model", "model.trust_remote_code"} & set(keys):
         refuse_trust(merged, "the recipe")
     return merged
-
-
-def _whole_words_named(overrides: Sequence[str]) -> list[str]:
-    """``--data FILE`` as ``--data.path FILE`` where the same words set other keys of ``data``."""
-    parts = [word[2:].partition("=")[0] for word in overrides if word.startswith("--")]
-    named = []
-    for word in overrides:
-        key, equals, value = word.partition("=")
-        section = key.removeprefix("--")
-        if key.startswith("--") and section in SHORTHANDS and any(part.startswith(f"{section}.") for part in parts):
-            key = f"{key}.{SHORTHANDS[section]}"
-        named.append(key + equals + value)
-    return named
 
 
 def run_recipe_mapping(folder: Path) -> dict[str, Any]:
