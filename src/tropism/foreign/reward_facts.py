@@ -6,13 +6,14 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from tropism.errors import ModelError
 from tropism.foreign.json_files import read_object
 from tropism.foreign.paths import file_inside
+
+if TYPE_CHECKING:  # workers of rewards read these facts, and need no torch
+    from torch import Tensor
 
 FILE = "reward_model.json"
 OFFSET = "tropism_reward_offset"
