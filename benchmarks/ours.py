@@ -17,7 +17,7 @@ from benchmarks import work as works
 from benchmarks.gate import Gate
 from benchmarks.reward_model import FOLDER
 from benchmarks.work import Job, Work
-from tropism.algorithms import GRPO, PPO, RLOO, SFT, AlgorithmConfig
+from tropism.algorithms import DPO, GRPO, PPO, RLOO, SFT, AlgorithmConfig
 from tropism.build import Assembly
 from tropism.config import Recipe
 from tropism.models.loading import ModelConfig
@@ -56,12 +56,10 @@ def recipe_of(job: Job) -> Recipe:
 
     work = job.its_work
     tokenizer = AutoTokenizer.from_pretrained(job.model)
-    # An eos is appended to every text of SFT, so the texts are one token shorter.
-    tokens = work.max_new_tokens - 1 if work.kind == "sft" else work.prompt_tokens
     return Recipe(
         model=ModelConfig(name=job.model, dtype="float32", device=job.device),
         algorithm=algorithm_of(work),
-        data=works.texts_of(tokenizer, work.prompts, tokens),
+        data=data_of(work, tokenizer),
         reward=reward_of(job),
         run=str(Path(job.scratch) / "run"),
         total_steps=NEVER,
@@ -73,11 +71,22 @@ def recipe_of(job: Job) -> Recipe:
     )
 
 
+def data_of(work: Work, tokenizer: Any) -> list[Any]:
+    """What the method of a work reads."""
+    if work.kind == "dpo":
+        return works.pairs_of(tokenizer, work, work.prompts * works.STEPS)
+    # An eos is appended to every text of SFT, so the texts are one token shorter.
+    tokens = work.max_new_tokens - 1 if work.kind == "sft" else work.prompt_tokens
+    return works.texts_of(tokenizer, work.prompts, tokens)
+
+
 def algorithm_of(work: Work) -> AlgorithmConfig:
     """One update per collect, with a reference."""
     match work.kind:
         case "sft":
             return SFT()
+        case "dpo":
+            return DPO(shuffle=False)
         case "ppo":
             return PPO(group_size=1, kl_coef=works.KL_COEF, num_epochs=1)
         case "rloo":
@@ -92,7 +101,7 @@ def algorithm_of(work: Work) -> AlgorithmConfig:
 def reward_of(job: Job) -> RewardConfig | None:
     """The cheap function; for PPO a reward model of the policy's size."""
     kind = job.its_work.kind
-    if kind == "sft":
+    if kind in ("sft", "dpo"):
         return None
     if kind == "ppo":
         arguments = {"model": str(Path(job.scratch).parent / FOLDER), "text": "prompt+completion", "device": job.device}
@@ -116,9 +125,9 @@ def train(assembled: Assembly, gate: Gate) -> None:
     def after_update(metrics: dict[str, float], ended: bool) -> bool:
         nonlocal counted
         stop = keep_books(metrics, ended)
-        offline = assembled.harness is None
+        whole = isinstance(assembled.recipe.algorithm, SFT)
         # SFT counts the tokens that are predicted: all but the first of every text.
-        tokens = trainer.counts.tokens - counted + (assembled.recipe.prompts_per_step if offline else 0)
+        tokens = trainer.counts.tokens - counted + (assembled.recipe.prompts_per_step if whole else 0)
         counted = trainer.counts.tokens
         gate.done(stages=next(timings), tokens=tokens)
         gate.wait()

@@ -1,4 +1,4 @@
-"""TRL's trainers doing a work: GRPO, RLOO and SFT, held at every step by a callback."""
+"""TRL's trainers doing a work: GRPO, RLOO, SFT and DPO, held at every step by a callback."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, L
 from benchmarks import work as works
 from benchmarks.gate import Gate, Stopwatch, UnavailableError
 from benchmarks.work import Job, Work
-
-COPIES = 64
-"""Every epoch has that many steps."""
 
 
 def run(job: Job, gate: Gate) -> None:
@@ -37,12 +34,17 @@ def run(job: Job, gate: Gate) -> None:
     if work.kind == "sft":
         # TRL appends an eos to every text, as tropism does.
         texts = works.texts_of(tokenizer, work.prompts, work.max_new_tokens - 1)
-        common["train_dataset"] = Dataset.from_dict({"text": texts * COPIES})
+        common["train_dataset"] = Dataset.from_dict({"text": texts * works.STEPS})
         trainer = trl.SFTTrainer(**common, args=trl.SFTConfig(**settings(job), max_length=work.max_new_tokens))
+    elif work.kind == "dpo":
+        pairs = works.pairs_of(tokenizer, work, work.prompts * works.STEPS)
+        common["train_dataset"] = Dataset.from_list(pairs)
+        config = trl.DPOConfig(**settings(job), max_length=work.prompt_tokens + work.max_new_tokens)
+        trainer = trl.DPOTrainer(**common, args=config)
     else:
         tokenizer.padding_side = "left"
         prompts = works.texts_of(tokenizer, work.prompts, work.prompt_tokens)
-        common["train_dataset"] = Dataset.from_dict({"prompt": prompts * COPIES})
+        common["train_dataset"] = Dataset.from_dict({"prompt": prompts * works.STEPS})
         kinds = {"grpo": (trl.GRPOTrainer, trl.GRPOConfig), "rloo": (trl.RLOOTrainer, trl.RLOOConfig)}
         make_trainer, make_config = kinds[work.kind]
         config = make_config(**settings(job), **on_policy_settings(work))
@@ -55,7 +57,7 @@ def settings(job: Job) -> dict[str, Any]:
     """What is told to every trainer; all else is TRL's default. Nothing is logged or saved."""
     return {
         "output_dir": str(Path(job.scratch) / "trl"),
-        "per_device_train_batch_size": job.its_work.rows,
+        "per_device_train_batch_size": job.its_work.prompts if job.its_work.kind == "dpo" else job.its_work.rows,
         "learning_rate": works.LEARNING_RATE,
         "max_steps": 10**6,
         "use_cpu": job.device == "cpu",
@@ -85,11 +87,11 @@ class Steps(TrainerCallback):
     def __init__(self, gate: Gate, work: Work) -> None:
         self.gate, self.work = gate, work
         self.watch = Stopwatch(gate)
-        self.tokens = work.tokens if work.kind == "sft" else 0
+        self.tokens = work.tokens if work.kind in ("sft", "dpo") else 0
 
     def instrument(self, trainer: Any) -> None:
         """Time the trainer's own methods from outside."""
-        if self.work.kind == "sft":
+        if self.work.kind in ("sft", "dpo"):
             return
         scored = trainer._get_per_token_logps_and_entropies
         scored_timed = self.watch.timed("logprobs", scored)

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Kind = Literal["grpo", "rloo", "ppo", "sft", "rollout"]
+Kind = Literal["grpo", "rloo", "ppo", "sft", "dpo", "rollout"]
 Precision = Literal["fp32", "bf16"]
 
+STEPS = 64
+"""Of an epoch; none does as many."""
 KL_COEF = 0.04
 """Weight of the KL to the reference in every work that trains on rewards."""
 LEARNING_RATE = 1e-6
@@ -26,9 +28,9 @@ class Work:
     title: str
     kind: Kind
     prompts: int
-    """Distinct prompts of a step, or texts of an SFT step."""
+    """Distinct prompts of a step (with a pair each for DPO), or texts of an SFT step."""
     group: int
-    """Completions per prompt; 1 for SFT."""
+    """Completions per prompt; 1 for SFT, 2 for DPO."""
     prompt_tokens: int
     """Tokens of every prompt; 0 for SFT."""
     lengths: tuple[int, ...]
@@ -73,6 +75,8 @@ class Work:
         forward = trunk + 2.0 * head * self.tokens
         if self.kind == "rollout":
             return forward
+        if self.kind == "dpo":
+            return 4 * forward  # reference and update
         # Rollout, reference, update; PPO's reward model and values have no vocabulary projection.
         return 5 * forward + (2 * trunk if self.kind == "ppo" else 0)
 
@@ -112,6 +116,7 @@ _ALL = (
     _even("rloo-w1", "RLOO W1: 4 prompts of 16 x 4 x 48 new tokens", "rloo", (4, 4, 16, 48)),
     _even("ppo-w1", "PPO W1: 16 prompts of 16 x 48 new tokens, reward model", "ppo", (16, 1, 16, 48)),
     _even("sft", "SFT: 16 texts of 64 tokens", "sft", (16, 1, 0, 64)),
+    _even("dpo", "DPO: 8 prompts of 16 with a pair of 48 tokens each", "dpo", (8, 2, 16, 48)),
     _even("grpo-w1-3m", "GRPO W1 with a random model of 3 M parameters", "grpo", (4, 4, 16, 48), "3M"),
 )
 WORKS = {work.name: work for work in _ALL}
@@ -133,7 +138,7 @@ class System:
     """Whether it is measured unless --systems says otherwise."""
 
 
-_TRAINING: tuple[Kind, ...] = ("grpo", "rloo", "sft")
+_TRAINING: tuple[Kind, ...] = ("grpo", "rloo", "sft", "dpo")
 _SYSTEMS = (
     System(name="tropism-fp32", module="ours", precision="fp32", ours=True, kinds=(*_TRAINING, "ppo", "rollout")),
     System(name="tropism-bf16", module="ours", precision="bf16", ours=True, kinds=(*_TRAINING, "ppo", "rollout")),
@@ -220,3 +225,33 @@ def texts_of(tokenizer: Any, count: int, tokens: int) -> list[str]:
         if len(found) == count:
             return list(found)
     raise ValueError(f"found {len(found)} texts of exactly {tokens} tokens; {count} are needed")
+
+
+def pairs_of(tokenizer: Any, work: Work, count: int) -> list[dict[str, str]]:
+    """``count`` different pairs of the lengths of a work, the eos that every system appends included.
+
+    So many that no step sees a pair twice: what the reference says of it is computed in that step.
+
+    Raises:
+        ValueError: no such pairs were found.
+    """
+    prompts = texts_of(tokenizer, work.prompts, work.prompt_tokens)
+    fitting = [
+        " " + text
+        for text in texts_of(tokenizer, max(16, 4 * work.prompts), work.max_new_tokens - 1)
+        if all(
+            len(tokenizer(f"{prompt} {text}")["input_ids"]) == work.prompt_tokens + work.max_new_tokens - 1
+            for prompt in prompts
+        )
+    ]
+    pairs = [
+        {"prompt": prompt, "chosen": fitting[first], "rejected": fitting[(first + gap) % len(fitting)]}
+        for gap in range(1, len(fitting))
+        for first in range(len(fitting))
+        for prompt in prompts
+    ]
+    if len(pairs) < count:
+        raise ValueError(
+            f"found {len(pairs)} pairs of {work.prompt_tokens} + {work.max_new_tokens} tokens, not {count}"
+        )
+    return pairs[:count]

@@ -16,7 +16,7 @@ from tropism.algorithms import ALGORITHMS
 ROOT = Path(tropism.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py"))
 
-LEAVES = {"errors", "judgements", "ops", "redaction", "texts", "types"}
+LEAVES = {"episodes", "errors", "judgements", "ops", "preferences", "redaction", "texts", "types"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "ops": set(),
@@ -25,6 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "types": {"ops"},
     "texts": {"errors"},
     "judgements": {"types"},
+    "episodes": {"types"},
+    "preferences": {"types"},
     "classifier_inputs": {"errors", "foreign", "texts"},
     "safe_yaml": {"errors"},
     "scored_file": {"errors", "storage"},
@@ -38,7 +40,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": LEAVES | {"foreign", "storage", "targets"},
     "training": LEAVES | {"storage"},
     "evaluation": LEAVES | {"storage"},
-    "generation": LEAVES | {"data", "models", "rollouts", "targets"},
+    "envs": {"errors", "models", "texts"},
+    "metric_functions": {"errors", "rewards", "types"},
+    "best_of": LEAVES | {"rewards"},
+    "generation": LEAVES | {"best_of", "data", "models", "rollouts", "targets"},
 }
 """Part -> the other parts it may import. What is not listed here composes, and may import all."""
 
@@ -56,21 +61,26 @@ COMPOSERS = {
     "recipe_changes",
     "recipe_comparisons",
     "recipe_data",
+    "recipe_episodes",
+    "recipe_evaluation",
     "recipe_identity",
     "recipe_model",
+    "recipe_pairs",
     "recipe_processes",
     "recipe_resumption",
     "recipe_sources",
     "result",
     "reward_recipes",
     "scoring",
+    "sweeps",
     "text_reward_model",
 }
 
 EXCEPTIONS: dict[str, set[str]] = {
     # Sources know the protocols of what they call, never a concrete method, sampler or model.
     "training.sources": {"algorithms.base", "data.demonstrations", "data.order"},
-    "training.pool": {"algorithms.base", "data.order", "rollouts.randomness"},
+    "training.pool": {"algorithms.base", "algorithms.pool", "data.order", "rollouts.randomness"},
+    "training.pairs": {"algorithms.base"},
     "training.rollout_maker": {"rewards", "rollouts.config", "rollouts.protocol", "rollouts.randomness"},
     # The checks before training look at the one policy there is, from inside.
     "training.preflight": {
@@ -83,6 +93,8 @@ EXCEPTIONS: dict[str, set[str]] = {
     # The version goes into environment.json.
     "training.run_folder": {""},
     # Evaluation during training does what a collect does, on held-out prompts.
+    "evaluation.preferences": {"algorithms.base"},
+    "evaluation.sampling_settings": {"rollouts.config", "schema"},
     "evaluation.heldout": {"algorithms.base", "training.rollout_maker", "training.run_folder"},
 }
 """Module -> modules of other parts that it imports all the same."""

@@ -26,6 +26,7 @@ RECIPE: dict[str, Any] = {
     "data": {"path": "prompts.txt", "prompt_column": "text"},
     "eval_data": {"path": "held_out.txt"},
     "reward": {"terms": {"warm": {"use": "vader", "rows_per_call": 2}}},
+    "metrics": {"short": {"use": "length", "args": {"goal": 5}}},
     "run": "runs/warm",
     "total_steps": 10,
     "sampling": {"truncation": {"token": ".", "after": 2}},
@@ -89,6 +90,8 @@ CHANGED: dict[str, Any] = {
     "reward.normalise": True,
     "reward.on_error": "skip",
     "reward.timeout": 3.0,
+    "metrics.short.use": "vader",
+    "metrics.short.args.goal": 6,
     "run": "runs/elsewhere",
     "total_steps": 20,
     "prompts_per_step": 4,
@@ -100,6 +103,8 @@ CHANGED: dict[str, Any] = {
     "sampling.top_p": 0.5,
     "sampling.min_p": 0.5,
     "sampling.repetition_penalty": 1.5,
+    "sampling.beta": 2.0,
+    "sampling.allowed_tokens": "ways.json",
     "sampling.stop": ["."],
     "sampling.stop_token_ids": [3],
     "sampling.truncation.token": 14,
@@ -123,6 +128,7 @@ CHANGED: dict[str, Any] = {
     "trainer.importance_cap": 3.0,
     "trainer.preflight": False,
     "trainer.evaluation.every": 2,
+    "trainer.evaluation.sampling": [{"temperature": 0.5}],
     "trainer.checkpoints.every": 2,
     "trainer.checkpoints.keep": 3,
     "trainer.checkpoints.best_metric": "eval/loss",
@@ -395,3 +401,17 @@ def test_an_argument_of_a_reward_that_is_named_as_a_field_stays(name: str, tmp_p
     old, new = (changed("reward.terms.warm.args", {name: value}) for value in (1, 2))
     with pytest.raises(ConfigError, match=rf"\n  reward\.terms\.warm\.args\.{name}: 1 -> 2"):
         changed_fields(written(tmp_path / "run", old), new, STANDING)
+
+
+@pytest.mark.parametrize("best", ["eval/short", "eval/short@temperature=0.5"])
+def test_what_the_best_is_judged_by_may_not_change(best: str, tmp_path: Path) -> None:
+    given = apply_overrides(RECIPE, [f"--trainer.checkpoints.best_metric={best}"])
+    folder = written(tmp_path / "run", Recipe.from_mapping(given))
+    with pytest.raises(ConfigError, match=rf"metrics.short.use: length -> vader \(the best weights .* {best}"):
+        changed_fields(folder, changed("metrics.short.use", "vader", given), STANDING)
+    other = changed("trainer.evaluation.sampling", [{"temperature": 0.5}], given)
+    if "@" in best:
+        with pytest.raises(ConfigError, match=r"trainer\.evaluation\.sampling"):
+            changed_fields(folder, other, STANDING)
+    else:
+        assert len(changed_fields(folder, other, STANDING)) == 1

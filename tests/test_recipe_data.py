@@ -16,6 +16,7 @@ from tropism.data.prompts import make_prompts
 from tropism.data.split import train_eval_split
 from tropism.errors import DataError
 from tropism.recipe_data import demonstrations_of, prompts_of, scored_of
+from tropism.rewards import RewardConfig
 from tropism.rollouts.config import Sampling
 
 WORDS = ("a cat", "the dog", "oh", "is it so", "we ran", "no", "you", "a big mat")
@@ -35,7 +36,7 @@ def recipe_of(folder: Path, algorithm: AlgorithmConfig, records: Any, **changes:
         "model": (tiny_model("llama", seed=3), tiny_tokenizer()),
         "algorithm": algorithm,
         "data": DataConfig(path=str(path), **data),
-        "reward": "vader",
+        "reward": RewardConfig.of("vader"),
         "sampling": Sampling(max_new_tokens=6),
         "seed": 5,
     }

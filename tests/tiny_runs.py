@@ -12,8 +12,12 @@ import torch
 
 from tiny_models import tiny_model, tiny_tokenizer
 from tropism.algorithms import (
+    DPO,
     GRPO,
+    ILQL,
+    KTO,
     PPO,
+    RFT,
     RLOO,
     SFT,
     AlgorithmConfig,
@@ -48,6 +52,16 @@ SCORED = [
     {"prompt": "no", "completion": ", no.", "reward": 0.0},
 ]
 
+EPISODES: list[dict[str, Any]] = [
+    {"turns": ["a cat", " sat.", " and?", " it ran."], "reward": 0.9},
+    {"turns": ["the dog", " ran."], "reward": -0.4},
+    {"turns": ["oh", " no!", " why", " so?"], "reward": [0.5, -1.0]},
+    {"turns": ["is it so", ", my friend"], "reward": 0.2},
+    {"turns": ["we ran", " and", " ran", "."], "reward": [[0.1, 0.0, 0.2, 0.3], [1.3, 0.0]]},
+    {"turns": ["no", ", no."], "reward": [[0.5, 0.0, 0.0, -0.25, 0.1]]},
+]
+"""Texts of one or several turns, with rewards per text, per output and per token."""
+
 JUDGED: list[dict[str, Any]] = [
     {"prompt": "a cat", "completions": [" sat on a mat.", " ran.", " is no dog!"], "choice": 0},
     {"prompt": "the dog", "completions": [" ran.", " ran and ran.", " sat."], "choice": 1},
@@ -60,6 +74,20 @@ JUDGED: list[dict[str, Any]] = [
 JUDGED_APART = [{**item, "prompt": f"so {item['prompt']}"} for item in JUDGED]
 """The same judgements of other prompts, to hold out: what is trained on may not be among them."""
 
+PAIRED: list[dict[str, Any]] = [
+    {"prompt": "a cat", "chosen": " sat on a mat.", "rejected": " ran."},
+    {"prompt": "the dog", "chosen": " ran and ran.", "rejected": " sat."},
+    {"prompt": "oh", "chosen": "?", "rejected": " no!"},
+    {"prompt": "is it so", "chosen": ", my friend? it is.", "rejected": "!"},
+    {"prompt": "we ran", "chosen": " to a big mat.", "rejected": "."},
+    {"prompt": "no", "chosen": " dog is so big.", "rejected": ", no."},
+]
+
+LIKED: list[dict[str, Any]] = [
+    {"prompt": item["prompt"], "completion": item["chosen" if place % 2 else "rejected"], "label": bool(place % 2)}
+    for place, item in enumerate(PAIRED)
+]
+
 METHODS: dict[str, AlgorithmConfig] = {
     "sft": SFT(),
     "ppo": PPO(group_size=2, num_epochs=2, minibatch_size=4, kl=KLControl(target=0.5, horizon=100)),
@@ -68,6 +96,10 @@ METHODS: dict[str, AlgorithmConfig] = {
     "conditioned": RewardConditioned(target_dropout=0.3, prompt_loss_weight=0.5),
     "conditioned-online": RewardConditioned(online=Online(group_size=2, updates=4, batch_size=4, top=0.5)),
     "quark": Quark(quantiles=3, group_size=2, updates=4, batch_size=4),
+    "rft": RFT(start_percentile=0.2, improve_steps=1, group_size=2, updates=4, batch_size=4),
+    "dpo": DPO(),
+    "kto": KTO(undesirable_weight=1.5),
+    "ilql": ILQL(target_sync_every=2, awac_beta=0.5, q_rate=1.0),
     "reward-model": RewardModeling(),
 }
 """Every method with several updates per collect, where it collects."""
@@ -111,6 +143,9 @@ class Setting:
             "demonstrations": [*TEXTS],
             "scored": [*SCORED],
             "comparisons": [*JUDGED],
+            "episodes": [*EPISODES],
+            "pairs": [*PAIRED],
+            "opinions": [*LIKED],
         }
         return texts[self.algorithm.reads]
 

@@ -17,8 +17,12 @@ os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 if TYPE_CHECKING:
     from tropism.algorithms import (
         ALGORITHMS,
+        DPO,
         GRPO,
+        ILQL,
+        KTO,
         PPO,
+        RFT,
         RLOO,
         SFT,
         Critic,
@@ -49,8 +53,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "tropism.algorithms": (
         "ALGORITHMS",
+        "DPO",
         "GRPO",
+        "ILQL",
+        "KTO",
         "PPO",
+        "RFT",
         "RLOO",
         "SFT",
         "Critic",
@@ -82,8 +90,12 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ALGORITHMS",
+    "DPO",
     "GRPO",
+    "ILQL",
+    "KTO",
     "PPO",
+    "RFT",
     "RLOO",
     "SFT",
     "CheckpointConfig",

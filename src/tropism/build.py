@@ -13,9 +13,11 @@ import torch
 from peft import PeftModel
 
 from tropism.config import Recipe, free_run, resume_command
+from tropism.data.expected_records import expecting
 from tropism.errors import ConfigError, TropismError
 from tropism.evaluation.report import write_report
 from tropism.generation import TextPolicy, save_policy
+from tropism.metric_functions import MetricFunctions
 from tropism.models.loading import LoadedModel
 from tropism.models.policy import Policy
 from tropism.models.reference import Reference
@@ -39,7 +41,7 @@ from tropism.training.optimizer import build_optimizer, default_learning_rate
 from tropism.training.preflight import preflight, sample_rows
 from tropism.training.processes import Processes
 from tropism.training.profiling import Profile
-from tropism.training.rollout_maker import RolloutMaker
+from tropism.training.rollout_maker import CompletionMaker, RolloutMaker
 from tropism.training.run import Run
 from tropism.training.run_folder import RunFolder
 from tropism.training.scoring import ModelScorer
@@ -117,6 +119,9 @@ class Assembly:
         self.harness = None if recipe.reward is None else RewardHarness(recipe.reward, allow_code=allow_code)
         if self.harness is not None and opened is not None:
             opened.callback(self.harness.close)
+        self.metrics = MetricFunctions(recipe.metrics, allow_code=allow_code) if recipe.metrics else None
+        if self.metrics is not None and opened is not None:
+            opened.callback(self.metrics.close)
         path = Path(recipe.run) if recipe.run else free_run(config.name)
         path = Path(self.processes.from_main(str(path)))
         self.folder = _open_folder(path, self.processes, resume=resume)
@@ -155,9 +160,12 @@ class Assembly:
 
     def _connect(self) -> None:
         """Data, trainer and run to each other, and to the checkpoint to go on from."""
-        data = self._recipe_source()
-        self.trainer = self._build_trainer(data.make())
-        self.prompts, self.maker = data.prompts, data.maker
+        recipe, completes = self.recipe, self.harness is not None or self.metrics is not None
+        with expecting(recipe.algorithm, recipe.data, recipe.eval_data, completes=completes):
+            data = self._recipe_source()
+            source = data.make()
+        self.trainer = self._build_trainer(source)
+        self.prompts, self.maker, self.answers = data.prompts, data.maker, data.answers
         self.run.evaluations.extend(data.evaluations)
         self.identity["held_out"].extend(data.held_out)
         self.run.attach(self.trainer)
@@ -208,24 +216,23 @@ class Assembly:
 
     def _recipe_source(self) -> RecipeSource:
         recipe = self.recipe
-        maker = None
-        if self.harness is not None:
-            maker = RolloutMaker(
-                sampler=EmbeddedSampler(self.loaded.tokenizer, self.loaded.tokens.eos_ids),
-                sampling=recipe.sampling,
-                harness=self.harness,
-                transcribe=self.transcriber,
-                policy=self.policy,
-                processes=self.processes,
-                seed=recipe.seed,
-            )
+        samples: dict[str, Any] = {
+            "sampler": EmbeddedSampler(self.loaded.tokenizer, self.loaded.tokens.eos_ids),
+            "sampling": recipe.sampling,
+            "transcribe": self.transcriber,
+            "policy": self.policy,
+            "processes": self.processes,
+            "seed": recipe.seed,
+        }
         return RecipeSource(
             recipe=recipe,
             loaded=self.loaded,
             policy=self.policy,
             algorithm=self.algorithm,
             conditioner=self.conditioner,
-            maker=maker,
+            maker=None if self.harness is None else RolloutMaker(harness=self.harness, **samples),
+            unscored=None if self.metrics is None else CompletionMaker(**samples),
+            metrics=self.metrics,
             scorer=self.scorer,
             reference=self.reference_scorer,
             exact=self.exact,
@@ -271,7 +278,7 @@ class Assembly:
         """Memory, the dry call of the reward, and the pre-flight checks on a few real prompts."""
         self.memory.check(tell=self.processes.is_main)
         probe_slots(self.policy, self.conditioner)
-        if self.maker is None:
+        if self.answers is None:
             return
         if not self.prompts:
             logger.warning("no text leaves room for a completion beside it, so the reward was not tried on any")
@@ -279,9 +286,13 @@ class Assembly:
         recipe, accelerator = self.recipe, self.processes.accelerator
         with self.policy.whole(), accelerator.autocast():
             chosen, rollouts = sample_rows(
-                self.policy, self.maker.sampler, self.prompts, sampling=recipe.sampling, seed=recipe.seed
+                self.policy, self.answers.sampler, self.prompts, sampling=recipe.sampling, seed=recipe.seed
             )
-            self.maker.harness.dry_call(self.transcriber(rollouts.to("cpu"), chosen, {"step": 0}))
+            inputs = self.transcriber(rollouts.to("cpu"), chosen, {"step": 0})
+            if self.maker is not None:
+                self.maker.harness.dry_call(inputs)
+            if self.metrics is not None:
+                self.metrics.evaluate(inputs)
             if recipe.trainer.preflight:
                 report = preflight(
                     self.policy,

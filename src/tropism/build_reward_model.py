@@ -11,6 +11,7 @@ from typing import Any
 from tropism.algorithms.reward_modeling import RewardModeling
 from tropism.build import Assembly
 from tropism.classifier_inputs import ClassifierInputs
+from tropism.data.expected_records import expecting
 from tropism.data.order import fingerprint
 from tropism.errors import ModelError
 from tropism.evaluation.comparisons import ComparisonEvaluation
@@ -44,6 +45,7 @@ class ComparisonData:
     scorer: TextScorer
     prompts: tuple[()] = ()
     maker: None = None
+    answers: None = None
     evaluations: list[Evaluation] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
 
@@ -85,7 +87,8 @@ class RewardModelAssembly(Assembly):
     @cached_property
     def judgements(self) -> Judgements:
         """What people said."""
-        return comparisons_of(self.recipe, self.inputs)
+        with expecting(self.recipe.algorithm, self.recipe.data):
+            return comparisons_of(self.recipe, self.inputs)
 
     @cached_property
     def text_scorer(self) -> TextScorer:

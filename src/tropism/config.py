@@ -8,15 +8,17 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from tropism.algorithms import ALGORITHMS, AlgorithmConfig
+from tropism.algorithms import ALGORITHMS, INFERENCE_ONLY, AlgorithmConfig
 from tropism.data.config import DataConfig
 from tropism.errors import ConfigError
+from tropism.evaluation.sampling_settings import refuse_ambiguous_names, sampling_settings
 from tropism.foreign.trust import refuse_trust
+from tropism.metric_functions import MetricTerm, metrics_of
 from tropism.models.loading import ModelConfig
 from tropism.models.lora import LoRA
 from tropism.redaction import find_secret
 from tropism.rewards import RewardConfig
-from tropism.rollouts.config import Sampling
+from tropism.rollouts.config import Sampling, refuse_sweep
 from tropism.schema import build, dump_yaml, read_yaml, refuse_absurd, to_plain
 from tropism.training.config import TrainerConfig
 from tropism.training.normalisation import Normalisation
@@ -41,6 +43,8 @@ class Recipe:
     """Held-out data in the same forms; None: the eval_fraction of data, if that is set."""
     reward: RewardConfig | None = None
     """What is rewarded: a name, or terms with weights."""
+    metrics: dict[str, MetricTerm] = field(default_factory=dict)
+    """What else is measured of held-out completions: a name, or named functions. Logged as `eval/<name>`."""
     run: str | None = None
     """Run folder, relative to the working directory; None: runs/<method>-<number>."""
     total_steps: int = 100
@@ -85,6 +89,9 @@ class Recipe:
                 "lora and train_layers cannot go together: lora trains an adapter, train_layers some of the model's "
                 "own weights. Leave one of them out"
             )
+        object.__setattr__(self, "metrics", metrics_of(self.metrics))
+        settings = sampling_settings(self.sampling, self.trainer.evaluation.sampling)
+        refuse_ambiguous_names(settings, {} if self.reward is None else self.reward.terms)
         self._check_reward_model()
         self._check_best()
         if self.algorithm.reads == "prompts" and self.reward is None:
@@ -114,7 +121,12 @@ class Recipe:
             raise ConfigError(
                 "normalise.policy does not run the code of a model's authors; leave trust_remote_code out"
             )
-        for name, given in (("reward", self.reward), ("train_layers", self.train_layers)):
+        for name, given in (
+            ("reward", self.reward),
+            ("metrics", self.metrics or None),
+            ("trainer.evaluation.sampling", self.trainer.evaluation.sampling or None),
+            ("train_layers", self.train_layers),
+        ):
             if given is not None:
                 raise ConfigError(f"{self.algorithm.name} takes no {name}; leave it out")
 
@@ -133,6 +145,12 @@ class Recipe:
         values["algorithm"] = algorithm_from(values["algorithm"])
         if values.get("reward") is not None:
             values["reward"] = RewardConfig.of(values["reward"])
+        values["metrics"] = metrics_of(values.get("metrics") or {})
+        if isinstance(values.get("sampling"), Mapping):
+            try:
+                refuse_sweep(values["sampling"])
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
         if isinstance(values.get("model"), Mapping):
             values["model"] = build(ModelConfig, values["model"], path="model")
         for name in ("data", "eval_data"):
@@ -252,6 +270,8 @@ def algorithm_from(value: Any) -> AlgorithmConfig:
 
 def method_named(name: Any) -> type[AlgorithmConfig]:
     """The configuration class of a method."""
+    if isinstance(name, str) and name in INFERENCE_ONLY:
+        raise ConfigError(f"algorithm: {name} trains nothing. {INFERENCE_ONLY[name]}")
     if not isinstance(name, str) or name not in ALGORITHMS:
         from difflib import get_close_matches
 

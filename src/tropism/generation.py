@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from tropism.best_of import BestCompletion, best_completions, text_of
 from tropism.data.prompts import make_prompts
 from tropism.errors import ConfigError, ModelError
 from tropism.models.conditioning import RewardSlots, make_slots
@@ -15,6 +16,9 @@ from tropism.models.conditioning_files import MARK, write_conditioning
 from tropism.models.loading import LoadedModel, ModelConfig, load_model
 from tropism.models.modules import base_model
 from tropism.models.policy import Policy
+from tropism.models.q_head_files import MARK as Q_MARK
+from tropism.models.q_head_files import write_q_heads
+from tropism.models.q_heads import QHeads
 from tropism.models.saving import save_plain
 from tropism.rollouts.config import Sampling
 from tropism.rollouts.engine import EmbeddedSampler
@@ -24,7 +28,7 @@ from tropism.rollouts.randomness import StreamKey
 from tropism.rollouts.transcribe import Transcriber
 from tropism.targets.conditioner import Conditioner, Targets
 from tropism.targets.config import Conditioning
-from tropism.types import Messages, Prompt
+from tropism.types import Messages, Prompt, RewardInputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,11 +113,66 @@ class TextPolicy:
             guidance: strength of the push from ``guidance_from`` towards ``target_reward``; 0 is off.
             guidance_from: a low target; None: what the model says when the reward is left open.
             filters: logit filters, see ``tropism.rollouts.protocol.LogitFilter``.
-            changes: fields of ``Sampling``, such as ``max_new_tokens=20``.
+            changes: fields of ``Sampling``, such as ``max_new_tokens=20``; of a model with Q heads also ``beta=4``.
 
         Raises:
             ConfigError: a target of a model that cannot be asked, or of the wrong name, type or number.
         """
+        inputs = self._complete(
+            prompts,
+            n,
+            seed=seed,
+            target_reward=target_reward,
+            guidance=guidance,
+            guidance_from=guidance_from,
+            filters=filters,
+            **changes,
+        )
+        return [text_of(completion) for completion in inputs.completions]
+
+    def best_of(
+        self,
+        prompts: str | Sequence[str | Messages | Mapping[str, Any]],
+        reward: Any,
+        *,
+        n: int = 16,
+        seed: int = 0,
+        allow_code: bool = False,
+        **options: Any,
+    ) -> list[BestCompletion]:
+        """Of each prompt the best of ``n`` completions: best-of-n, which is search by a reward without any training.
+
+        The KL to the policy itself is at most log n - (n - 1) / n (``tropism.evaluation.best_of.best_of_kl``).
+
+        Args:
+            prompts: also records such as ``{"prompt": ..., "answer": ...}``, whose other columns the reward sees.
+            reward: what a recipe's reward may be: a function, a name, ``{"name": (reward, weight)}``.
+            seed: equal seeds sample equal completions, those of ``generate``.
+            allow_code: let the reward name code: ``module:function`` or ``file.py:function``.
+            options: further arguments of ``generate``, such as ``max_new_tokens=20``.
+
+        Raises:
+            TropismError: as ``generate`` does; the reward fails, or has no opinion on any completion of a prompt.
+        """
+
+        def sample(count: int) -> RewardInputs:
+            return self._complete(prompts, count, seed=seed, **options)
+
+        return best_completions(sample, reward, n=n, allow_code=allow_code)
+
+    def _complete(
+        self,
+        prompts: str | Sequence[Any],
+        n: int,
+        *,
+        seed: int,
+        target_reward: Targets | Sequence[Targets] = None,
+        guidance: float = 0.0,
+        guidance_from: Targets = None,
+        filters: Sequence[LogitFilter] = (),
+        **changes: Any,
+    ) -> RewardInputs:
+        """Prompts with n completions of each, as rewards see them; arguments as of ``generate``."""
         items = [prompts] if isinstance(prompts, str) else list(prompts)
         sampling = replace(self.sampling, **changes)
         push = RewardGuidance(guidance)
@@ -130,8 +189,7 @@ class TextPolicy:
         key = StreamKey(seed=seed, purpose="generate")
         rollouts = self.sampler.generate(self.policy, asked, sampling, n, key=key, filters=used, streams=streams)
         per_row = [prompt for prompt in plain for _ in range(n)]
-        texts = Transcriber(self.tokenizer, sampling.stop)(rollouts.to("cpu"), per_row).completions
-        return [text if isinstance(text, str) else str(text[0]["content"]) for text in texts]
+        return Transcriber(self.tokenizer, sampling.stop)(rollouts.to("cpu"), per_row)
 
     def _check_asked(self, target_reward: Targets | Sequence[Targets], guidance: float, guidance_from: Targets) -> None:
         conditioner = self.conditioner
@@ -197,30 +255,54 @@ def policy_with_slots(loaded: LoadedModel) -> tuple[Policy, Conditioner | None]:
         ModelError: what it was saved with does not fit it.
     """
     saved = loaded.conditioning
+    q_heads = None if loaded.q_heads is None else q_heads_of(loaded)
     if saved is None:
-        return Policy(loaded.model), None
+        return Policy(loaded.model, q_heads=q_heads), None
     config = saved.config()
     conditioner = make_conditioner(config, loaded)
     slots = None if config.mechanism == "text" else slots_for(config, loaded)
     saved.restore(conditioner, slots)
-    return Policy(loaded.model, conditioning=slots), conditioner
+    return Policy(loaded.model, q_heads=q_heads, conditioning=slots), conditioner
+
+
+def q_heads_of(loaded: LoadedModel, *, count: int = 2, seed: int = 0) -> QHeads:
+    """Heads that value a model's tokens: its own, or fresh ones where it has none.
+
+    Args:
+        count: Q heads of fresh ones. seed: of their first layers.
+
+    Raises:
+        ModelError: its own do not fit it.
+    """
+    matrix = base_model(loaded.model).get_output_embeddings().weight
+    # Not the configuration's sizes: some families (OPT) project hidden states, and vocabularies are padded.
+    vocabulary, width = matrix.shape
+    if loaded.q_heads is not None:
+        heads = loaded.q_heads.load(hidden_size=width, vocabulary=vocabulary)
+    else:
+        heads = QHeads(width, vocabulary, count=count)
+        heads.start(seed=seed)
+    return heads.to(matrix.device)
 
 
 def save_policy(
     policy: Policy, tokenizer: PreTrainedTokenizerBase, conditioner: Conditioner | None, folder: Path
 ) -> None:
-    """A policy as a Hugging Face folder, and beside it what it needs to be asked for rewards."""
-    if conditioner is None:
-        save_plain(policy.model, tokenizer, folder)  # type: ignore[arg-type]
-        return
-    facts, slots = conditioner.to_dict(), policy.conditioning
-    save_plain(
-        policy.model,  # type: ignore[arg-type]
-        tokenizer,
-        folder,
-        settings={MARK: facts["mechanism"]},
-        beside=lambda path: write_conditioning(path, facts, slots),
-    )
+    """A policy as a Hugging Face folder, and beside it what it needs to be asked for rewards, and its Q heads."""
+    settings: dict[str, Any] = {}
+    heads = policy.q_heads
+    if conditioner is not None:
+        settings[MARK] = conditioner.config.mechanism
+    if heads is not None or getattr(policy.language_model.config, Q_MARK, None) is not None:
+        settings[Q_MARK] = None if heads is None else len(heads.q)  # None where training went on without them
+
+    def write_others(path: Path) -> None:
+        if conditioner is not None:
+            write_conditioning(path, conditioner.to_dict(), policy.conditioning)
+        if heads is not None:
+            write_q_heads(path, heads)
+
+    save_plain(policy.model, tokenizer, folder, settings=settings, beside=write_others)  # type: ignore[arg-type]
 
 
 def model_path(source: str | Path) -> str:

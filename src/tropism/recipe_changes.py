@@ -196,6 +196,8 @@ def _refusal(change: Change, old: Mapping[str, Any], new: Mapping[str, Any], sta
         return None if from_python and None not in (change.old, change.new) else ""
     if change.path in _CONDITIONS:
         return _CONDITIONS[change.path](change, old, new, standing)
+    if change.path.startswith("metrics."):
+        return _what_is_measured(change, old, new, standing)
     return ""
 
 
@@ -224,6 +226,14 @@ def _evaluation_every(change: Change, old: Mapping[str, Any], new: Mapping[str, 
     return None
 
 
+def _what_is_measured(change: Change, old: Mapping[str, Any], new: Mapping[str, Any], standing: Standing) -> str | None:
+    """A metric of the user, or another way to sample held-out completions: refused where the best is judged by it."""
+    metric = str(new["trainer"]["checkpoints"]["best_metric"])
+    name = change.path.split(".")[1]
+    judged = "@" in metric if name == "evaluation" else metric.partition("@")[0] == f"eval/{name}"
+    return f"the best weights are those with the best {metric}" if judged else None
+
+
 def _patience(change: Change, old: Mapping[str, Any], new: Mapping[str, Any], standing: Standing) -> str | None:
     longer = change.new is None or (change.old is not None and change.new > change.old)
     return None if longer else "the run might have ended already"
@@ -245,6 +255,7 @@ def _evaluation_matters(fields: Mapping[str, Any]) -> bool:
 _CONDITIONS: dict[str, Callable[[Change, Mapping[str, Any], Mapping[str, Any], Standing], str | None]] = {
     "total_steps": _total_steps,
     "trainer.evaluation.every": _evaluation_every,
+    "trainer.evaluation.sampling": _what_is_measured,
     "trainer.checkpoints.patience": _patience,
     "model.device": _device,
     "reward.on_error": _on_error,

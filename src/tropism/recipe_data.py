@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from tropism.algorithms.base import Reads
 from tropism.config import Recipe
 from tropism.data.config import DataConfig
 from tropism.data.demonstrations import Demonstration, read_demonstrations
+from tropism.data.episodes import first_turns
 from tropism.data.prompts import make_prompts
 from tropism.data.readers import Record, locate_records
 from tropism.data.scored import read_scored, refuse_equal
@@ -35,6 +37,8 @@ class Texts(Generic[T]):
     """Those whose loss is evaluated; none where the recipe holds out nothing, or prompts only."""
     held: Held | None = None
     """The records of the held-out part of ``data``, to be read as prompts; None where nothing of it is held out."""
+    trained: Held | None = None
+    """The records of what is trained on, where these do not say themselves what their prompt is; else None."""
 
 
 def prompts_of(
@@ -63,6 +67,8 @@ def prompts_of(
     room = prompt_room(recipe, context_length, taken=taken)
 
     def read(source: Any, settings: DataConfig | None, **options: Any) -> list[Prompt]:
+        if recipe.algorithm.reads == "episodes":
+            source, settings = first_turns(locate_records(source), settings)
         return make_prompts(source, tokenizer, settings, max_length=room, **options)
 
     if recipe.algorithm.reads == "prompts":
@@ -71,15 +77,29 @@ def prompts_of(
             return prompts, read(*source_and_settings(recipe.eval_data))
         fraction = _fraction(recipe)
         return train_eval_split(prompts, fraction, seed=recipe.seed) if fraction > 0 else (prompts, [])
-    if recipe.eval_data is not None:
+    within = recipe.algorithm.reads == "pairs"  # which may hold their prompts in both completions alone
+    if recipe.eval_data is not None and not within:
         return [], _distinct(read(*source_and_settings(recipe.eval_data)))
-    if _fraction(recipe) > 0:
-        of_texts: Any = scored_of if recipe.algorithm.reads == "scored" else demonstrations_of
+    if recipe.eval_data is not None or _fraction(recipe) > 0:
+        of_texts = _reader_of(recipe.algorithm.reads)
         held: Any = (texts or of_texts(recipe, tokenizer, context_length=context_length, taken=taken)).held
         return [], _distinct(read(*held))
-    source, settings = source_and_settings(recipe.data)
+    source, settings = (texts and texts.trained) or source_and_settings(recipe.data)
     shortened = settings is not None and settings.overlong != "error"
     return read(source, settings, overlong="leave_out" if leave_out and not shortened else None), []
+
+
+def _reader_of(reads: Reads) -> Callable[..., Texts[Any]]:
+    """What reads the texts of a method."""
+    if reads in ("pairs", "opinions"):
+        from tropism.recipe_pairs import opinions_of, pairs_of
+
+        return pairs_of if reads == "pairs" else opinions_of
+    if reads == "episodes":
+        from tropism.recipe_episodes import episodes_of
+
+        return episodes_of
+    return scored_of if reads == "scored" else demonstrations_of
 
 
 def demonstrations_of(
@@ -101,7 +121,7 @@ def demonstrations_of(
             source, tokenizer, settings, max_length=limit, completion_only=config.completion_only
         )
 
-    return _parted(recipe, tokenizer, read, recipe.eval_data)
+    return part_texts(recipe, tokenizer, read, recipe.eval_data)
 
 
 def scored_of(
@@ -126,7 +146,7 @@ def scored_of(
     def read(source: Any, settings: DataConfig | None) -> list[tuple[Record, ScoredText]]:
         return read_scored(source, tokenizer, settings, targets=config.targets, max_length=room)
 
-    parted = _parted(recipe, tokenizer, read, recipe.eval_data if recipe.reward is None else None)
+    parted = part_texts(recipe, tokenizer, read, recipe.eval_data if recipe.reward is None else None)
     refuse_equal(parted.train, config.targets)
     return parted
 
@@ -145,7 +165,7 @@ def prompt_room(recipe: Recipe, context_length: int | None, *, taken: int = 0) -
     return room
 
 
-def _parted(
+def part_texts(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     read: Callable[[Any, DataConfig | None], list[tuple[Record, T]]],

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from tropism.config import Recipe
 from tropism.errors import ConfigError
-from tropism.generation import make_conditioner, slots_for
+from tropism.generation import make_conditioner, q_heads_of, slots_for
 from tropism.models.conditioning import RewardSlots
 from tropism.models.freezing import train_last_layers
 from tropism.models.heads import ValueHead
@@ -19,6 +19,7 @@ from tropism.models.loading import LoadedModel, load_model
 from tropism.models.lora import add_lora, add_reference_adapter
 from tropism.models.modules import base_model
 from tropism.models.policy import Policy
+from tropism.models.q_heads import QHeads
 from tropism.models.reward_files import facts_of_source, load_reward_body
 from tropism.models.reward_model import RewardModel
 from tropism.targets.conditioner import Conditioner
@@ -56,7 +57,7 @@ def _train_everything(model: Any) -> None:
 
 
 def policy_of(recipe: Recipe) -> tuple[LoadedModel, Policy]:
-    """The model with its adapter and value head; exactly what is trained has gradients."""
+    """The model with its adapter and heads; exactly what is trained has gradients."""
     loaded = load_model(recipe.model)
     model: Any = loaded.model
     if isinstance(model, PeftModel):
@@ -78,7 +79,9 @@ def policy_of(recipe: Recipe) -> tuple[LoadedModel, Policy]:
         width = loaded.model.get_output_embeddings().weight.shape[1]
         head = ValueHead(width).to(next(model.parameters()).device)
     slots = _slots_of(recipe, loaded)
-    policy = Policy(model, value_head=head, conditioning=slots)  # first, as it refuses a family that cannot be used
+    q_heads = _q_heads_of(recipe, loaded) if recipe.algorithm.needs_q_heads else None
+    # First, as it refuses a family that cannot be used.
+    policy = Policy(model, value_head=head, q_heads=q_heads, conditioning=slots)
     if recipe.train_layers is not None:
         train_last_layers(model, recipe.train_layers)
     return replace(loaded, model=model), policy
@@ -101,6 +104,18 @@ def conditioner_of(recipe: Recipe, loaded: LoadedModel) -> Conditioner | None:
         loaded.conditioning.restore(conditioner, None)
     conditioner.knows_open |= recipe.algorithm.leaves_open
     return conditioner
+
+
+def _q_heads_of(recipe: Recipe, loaded: LoadedModel) -> QHeads:
+    """Fresh heads, or those of a model that has some already, with which training goes on."""
+    count = recipe.algorithm.q_head_count
+    heads = q_heads_of(loaded, count=count, seed=recipe.seed)
+    if len(heads.q) != count:
+        raise ConfigError(
+            f"{loaded.source} was trained with {len(heads.q)} Q heads, and algorithm.two_qs asks for {count}; leave it "
+            "as it was, or start from the model before"
+        )
+    return heads
 
 
 def _slots_of(recipe: Recipe, loaded: LoadedModel) -> RewardSlots | None:

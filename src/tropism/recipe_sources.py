@@ -8,19 +8,28 @@ from typing import Any, TypeVar
 
 import torch
 
-from tropism.algorithms.base import OnPolicyAlgorithm, PoolAlgorithm, PoolConfig
+from tropism.algorithms.base import OnPolicyAlgorithm
+from tropism.algorithms.pool import PoolAlgorithm, PoolConfig
 from tropism.config import Recipe
 from tropism.data.demonstrations import collate_demonstrations
 from tropism.data.order import fingerprint
 from tropism.errors import ConfigError
-from tropism.evaluation.heldout import LossEvaluation, RewardEvaluation
+from tropism.evaluation.heldout import LossEvaluation
+from tropism.metric_functions import MetricFunctions
 from tropism.models.loading import LoadedModel
 from tropism.models.policy import Policy
 from tropism.recipe_data import Texts, demonstrations_of, prompts_of, scored_of
+from tropism.recipe_episodes import episode_evaluation, episodes_of
+from tropism.recipe_evaluation import evaluation_of, refuse_idle_settings, settings_of
+from tropism.recipe_pairs import preferences
 from tropism.rollouts.checks import check_ends
+from tropism.rollouts.config import Sampling
+from tropism.rollouts.sampling_filters import check_filters
 from tropism.targets.conditioner import Conditioner
-from tropism.training.pool import PoolSource, ScoredSource
-from tropism.training.rollout_maker import RolloutMaker
+from tropism.training.episodes import EpisodeSource
+from tropism.training.pairs import OpinionSource, PairSource
+from tropism.training.pool import TOTAL, PoolSource, ScoredSource
+from tropism.training.rollout_maker import CompletionMaker, RolloutMaker
 from tropism.training.run import Evaluation
 from tropism.training.scoring import ModelScorer
 from tropism.training.sources import Collected, DemonstrationSource, RolloutSource
@@ -48,6 +57,9 @@ class RecipeSource:
     reference: ModelScorer | None
     exact: bool
     on_collect: Callable[[Collected], None]
+    unscored: CompletionMaker | None = None
+    """Completes held-out prompts where the recipe has metrics and no reward."""
+    metrics: MetricFunctions | None = None
 
     prompts: Sequence[Prompt] = ()
     """Prompts to sample completions of: those to train on, or of a method that learns texts the held-out ones, or else
@@ -64,11 +76,25 @@ class RecipeSource:
         """
         self._check_eval_target()
         self._check_ends()
+        source = self._source()
+        refuse_idle_settings(self.recipe, self.evaluations)
+        return source
+
+    @property
+    def answers(self) -> CompletionMaker | None:
+        """What completes held-out prompts; None where nothing is asked of completions."""
+        return self.maker or self.unscored
+
+    def _source(self) -> Any:
         reads = self.recipe.algorithm.reads
         if reads == "demonstrations":
             return self._demonstrations()
         if reads == "scored":
             return self._scored()
+        if reads in ("pairs", "opinions"):
+            return self._preferences()
+        if reads == "episodes":
+            return self._episodes()
         self.prompts, held_out = self._read_prompts()
         if held_out:
             self._evaluate_reward(held_out)
@@ -91,9 +117,14 @@ class RecipeSource:
             ConfigError: not where they should, or not at all, and the method then replaces every reward.
         """
         recipe = self.recipe
-        if self.maker is None:
+        if self.answers is None:
             return
-        check_ends(recipe.sampling, self.loaded.tokenizer, int(self.policy.config.vocab_size))
+        self._check_sampling(recipe.sampling)
+        for label, sampling in settings_of(recipe).items():
+            try:
+                self._check_sampling(sampling)
+            except ConfigError as error:
+                raise ConfigError(f"trainer.evaluation.sampling ({label}): {error}") from error
         score = recipe.algorithm.score_without_end
         if score is not None and not recipe.sampling.can_end(eos=bool(self.loaded.tokens.eos_ids)):
             raise ConfigError(
@@ -101,6 +132,12 @@ class RecipeSource:
                 "all would: the model has no eos token, and sampling names no other end. Name one, for example "
                 'sampling.truncation: {token: ".", after: 16}, or set algorithm.missing_eos.score to null'
             )
+
+    def _check_sampling(self, sampling: Sampling) -> None:
+        tokenizer, vocabulary = self.loaded.tokenizer, int(self.policy.config.vocab_size)
+        check_ends(sampling, tokenizer, vocabulary)
+        valued = self.policy.q_heads is not None
+        check_filters(sampling, tokenizer, self.loaded.tokens.eos_ids, vocabulary, values_actions=valued)
 
     # Data ------------------------------------------------------------------------------------------------------------
 
@@ -118,7 +155,11 @@ class RecipeSource:
         """The loss of held-out texts, and the reward of completions of their prompts where the recipe has one."""
         if texts.held_out:
             self._hold_out(texts.held_out, LossEvaluation(texts.held_out, collate=collate, scorer=self.scorer))
-        if self.maker is None:
+        self._evaluate_answers(texts)
+
+    def _evaluate_answers(self, texts: Texts[Any]) -> None:
+        """What is asked of completions of held-out prompts."""
+        if self.answers is None:
             return
         train, held_out = self._read_prompts(texts)
         self.prompts = held_out or train
@@ -126,11 +167,17 @@ class RecipeSource:
             self._evaluate_reward(held_out)
 
     def _evaluate_reward(self, prompts: Sequence[Prompt]) -> None:
-        assert self.maker is not None
-        condition = None if self.conditioner is None else self._ask
-        self._hold_out(
-            prompts, RewardEvaluation(prompts, maker=self.maker, reference=self.reference, condition=condition)
+        assert self.answers is not None
+        evaluation = evaluation_of(
+            self.recipe,
+            prompts,
+            maker=self.answers,
+            tokenizer=self.loaded.tokenizer,
+            reference=self.reference,
+            condition=None if self.conditioner is None else self._ask,
+            measures=self.metrics,
         )
+        self._hold_out(prompts, evaluation)
 
     def _ask(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
         assert self.conditioner is not None
@@ -161,14 +208,14 @@ class RecipeSource:
 
     def _pool(self) -> PoolSource:
         recipe, config = self.recipe, self.recipe.algorithm
-        assert self.maker is not None and self.conditioner is not None
-        self._check_names(self.conditioner.names)
-        assert isinstance(config, PoolConfig)
+        assert self.maker is not None and isinstance(config, PoolConfig)
+        names = (TOTAL,) if self.conditioner is None else self.conditioner.names
+        self._check_names(names)
         return PoolSource(
             algorithm=self.algorithm,
             prompts=self.prompts,
             prompts_per_step=recipe.prompts_per_step,
-            names=self.conditioner.names,
+            names=names,
             plan=config.plan(recipe.prompts_per_step),
             maker=self.maker,
             reference=self.reference if config.needs_reference else None,
@@ -211,6 +258,31 @@ class RecipeSource:
         nothing_left_out = torch.ones(len(texts), len(self.conditioner.names))
         batch: Batch = self.algorithm.make_batch(texts, range(len(texts)), nothing_left_out, None)
         return batch
+
+    def _preferences(self) -> PairSource | OpinionSource:
+        made = preferences(
+            self.recipe,
+            self.loaded.tokenizer,
+            algorithm=self.algorithm,
+            scorer=self.scorer,
+            reference=self.reference,
+            context_length=self.policy.context_length,
+        )
+        if made.evaluation is not None:
+            self._hold_out(made.texts.held_out, made.evaluation)
+        self._evaluate_answers(made.texts)
+        return made.source
+
+    def _episodes(self) -> EpisodeSource:
+        recipe = self.recipe
+        texts = episodes_of(recipe, self.loaded.tokenizer, context_length=self.policy.context_length)
+        if texts.held_out:
+            evaluation = episode_evaluation(
+                recipe, texts, algorithm=self.algorithm, policy=self.policy, processes=self.scorer.processes
+            )
+            self._hold_out(texts.held_out, evaluation)
+        self._evaluate_answers(texts)
+        return EpisodeSource(texts.train, batch_size=recipe.prompts_per_step, seed=recipe.seed)
 
     def _demonstrations(self) -> DemonstrationSource:
         recipe = self.recipe

@@ -15,6 +15,7 @@ from slow_sampling import log_softmax
 from tropism.algorithms import ALGORITHMS, Online, RewardConditioned
 from tropism.algorithms.base import RunFacts
 from tropism.algorithms.conditioned import RewardConditionedAlgorithm, WeightedBatch
+from tropism.algorithms.pool import PoolPlan
 from tropism.errors import ConfigError
 from tropism.ops.slots import slot_id
 from tropism.targets.conditioner import Conditioner
@@ -226,8 +227,8 @@ def test_what_it_reads_and_what_a_step_is() -> None:
     )
     assert [config.reads for config in (offline, own, online)] == ["scored", "prompts", "prompts"]
     assert [config.on_policy for config in (offline, own, online)] == [False, False, True]
-    assert vars(own.plan(4)) == {"per_prompt": 3, "once": True, "updates": 1, "batch_size": 4}
-    assert vars(online.plan(4)) == {"per_prompt": 5, "once": False, "updates": 7, "batch_size": 11}
+    assert own.plan(4) == PoolPlan(per_prompt=3, once=True, updates=1, batch_size=4)
+    assert online.plan(4) == PoolPlan(per_prompt=5, once=False, updates=7, batch_size=11)
     assert [(s.prompts, s.completions, s.batch) for s in (own.step_size(4, 100), online.step_size(4, 100))] == [
         (100, 300, 4),
         (4, 20, 11),

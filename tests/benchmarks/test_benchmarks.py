@@ -18,7 +18,8 @@ from benchmarks.ours import ForcedLengths, logged_stages
 from benchmarks.runner import Settings, Steps, WorkerError, run_work
 from benchmarks.summary import add_ratios, summarise
 from benchmarks.trl_peer import ForcedEnd
-from benchmarks.work import SYSTEMS, WORKS, Job, System, Work, texts_of
+from benchmarks.work import STEPS, SYSTEMS, WORKS, Job, System, Work, pairs_of, texts_of
+from transformers import AutoTokenizer
 
 from benchmarks import ours, reward_model, runner, scaling, standard
 from tropism.rollouts.protocol import FilterContext
@@ -39,6 +40,7 @@ def test_the_standard_works() -> None:
     assert sizes["grpo-w1"] == sizes["rloo-w1"] == sizes["ppo-w1"] == sizes["grpo-w1-3m"] == (16, 16 * 48)
     assert sizes["grpo-w3"] == (32, 32 * 48)
     assert sizes["sft"] == (16, 16 * 64)
+    assert sizes["dpo"] == (16, 16 * 48)
     assert sorted(WORKS["grpo-w2"].lengths) == list(range(4, 65, 4))
     assert WORKS["grpo-w2"].lengths != tuple(sorted(WORKS["grpo-w2"].lengths))
 
@@ -49,8 +51,19 @@ def test_floating_point_operations_counted_by_hand() -> None:
     assert replace(SMALL, kind="rollout").flops(10, 3) == forward
     assert SMALL.flops(10, 3) == 5 * forward
     assert replace(SMALL, kind="ppo").flops(10, 3) == 5 * forward + 2 * 500
+    assert replace(SMALL, kind="dpo").flops(10, 3) == 4 * forward
     texts = replace(SMALL, kind="sft", prompts=4, group=1, prompt_tokens=0)
     assert texts.flops(10, 3) == 6 * (10 * 15 + 3 * 11)
+
+
+def test_pairs_are_of_the_lengths_of_their_work_and_no_step_sees_one_twice(tiny: Path) -> None:
+    work, tokenizer = REAL["dpo"], AutoTokenizer.from_pretrained(tiny / "model")
+    pairs = pairs_of(tokenizer, work, work.prompts * STEPS)
+    assert len({tuple(pair.values()) for pair in pairs}) == work.prompts * STEPS
+    for pair in pairs:
+        assert pair["chosen"] != pair["rejected"]
+        for text in (pair["chosen"], pair["rejected"]):
+            assert len(tokenizer(pair["prompt"] + text)["input_ids"]) + 1 == work.prompt_tokens + 4
 
 
 def test_a_job_survives_the_pipe() -> None:
@@ -264,6 +277,7 @@ REAL = {
     "rloo": replace(EVEN, kind="rloo"),
     "ppo": replace(EVEN, kind="ppo", prompts=4, group=1),
     "sft": replace(SMALL, kind="sft", prompts=4, group=1, prompt_tokens=0, lengths=(8,) * 4),
+    "dpo": replace(EVEN, kind="dpo"),
     "rollout": replace(EVEN, kind="rollout"),
 }
 
@@ -291,7 +305,7 @@ def test_our_worker_does_every_kind_of_work(
     ready, *found = [json.loads(line) for line in answers.getvalue().splitlines()]
     assert ready["event"] == "ready"
     assert [step["tokens"] for step in found] == [REAL[kind].tokens] * 2
-    expected = {"sft": {"update"}, "rollout": {"rollout"}}.get(kind, {"rollout", "reward", "update"})
+    expected = {"sft": {"update"}, "dpo": {"update"}, "rollout": {"rollout"}}.get(kind, {"rollout", "reward", "update"})
     for step in found:
         assert expected <= set(step["stages"])
         assert 0 < sum(step["stages"].values()) <= step["seconds"]
@@ -306,7 +320,7 @@ def test_every_system_does_its_works(monkeypatch: Any, tmp_path: Path) -> None:
     from rich.console import Console
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    works = [replace(WORKS[name], model="0.05M") for name in ("rollout", "grpo-w2", "rloo-w1", "sft")]
+    works = [replace(WORKS[name], model="0.05M") for name in ("rollout", "grpo-w2", "rloo-w1", "sft", "dpo")]
     settings = Settings(repeats=1, scratch=tmp_path, timeout=300.0, report=lambda line: None)
     out = tmp_path / "result.json"
     standard.measure(works, list(SYSTEMS), "0.05M", settings, out, Console(quiet=True))

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distributed.two_processes import forbid_writing
-from tiny_runs import PROMPTS, TEXTS, Setting, assemble, execute, sample, stop_after
-from tropism.algorithms import GRPO, PPO, SFT, Quark
+from tiny_runs import EPISODES, PROMPTS, TEXTS, Setting, assemble, execute, sample, stop_after
+from tropism.algorithms import GRPO, ILQL, PPO, SFT, Quark
 from tropism.build import Assembly
 from tropism.errors import ModelError, NumericsError
 from tropism.training.config import CheckpointConfig
@@ -51,6 +51,14 @@ CASES: dict[str, tuple[Setting, dict[str, Any]]] = {
         Setting("ppo", False, "llama"),
         {"algorithm": PPO(group_size=3, num_epochs=2), "total_steps": 3, "prompts_per_step": 1},
     ),
+    "ilql": (
+        Setting("ilql", False, "llama"),
+        {
+            "algorithm": ILQL(target_sync_every=2, alpha=0.5, q_rate=1.0),
+            "total_steps": 20,
+            "eval_data": EPISODES[:3],
+        },
+    ),
     "quark": (
         Setting("quark", True, "llama"),
         {"algorithm": Quark(quantiles=3, group_size=2, updates=2, batch_size=3), "total_steps": 3},
@@ -59,7 +67,7 @@ CASES: dict[str, tuple[Setting, dict[str, Any]]] = {
 """Three ragged prompts a step, so that one process has two rows of a minibatch and the other has one; with a critic
 one prompt, so that the first process samples nothing."""
 
-STOPPED = {"sft": 7, "grpo": 6}
+STOPPED = {"sft": 7, "grpo": 6, "ilql": 7}
 """Updates after which a run is interrupted; GRPO has four in a collect."""
 
 

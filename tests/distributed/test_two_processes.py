@@ -16,7 +16,8 @@ from two_started import start_two
 pytestmark = pytest.mark.distributed
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
-UPDATES = {"sft": 1, "sft-last1": 1, "ppo-one-row": 2, "conditioned": 1, "conditioned-online": 2, "quark": 2}
+UPDATES = {"sft": 1, "sft-last1": 1, "ppo-one-row": 2, "conditioned": 1, "conditioned-online": 2, "quark": 2, "rft": 2}
+UPDATES |= {"dpo": 1, "kto": 1, "ilql": 1}
 """Of a step; 4 of the others."""
 EXACT = ("kind", "step", "collects", "updates", "samples", "tokens")
 

@@ -15,8 +15,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from safetensors.torch import save_file
 
-from tiny_runs import PROMPTS, Setting, assemble, execute, weights_of
-from tropism.algorithms import GRPO, PPO, RLOO, SFT, AlgorithmConfig, KLControl, Online, Quark, RewardConditioned
+from tiny_runs import EPISODES, PROMPTS, Setting, assemble, execute, weights_of
+from tropism.algorithms import (
+    DPO,
+    GRPO,
+    ILQL,
+    KTO,
+    PPO,
+    RFT,
+    RLOO,
+    SFT,
+    AlgorithmConfig,
+    KLControl,
+    Online,
+    Quark,
+    RewardConditioned,
+)
 from tropism.build import Assembly
 from tropism.rewards import RewardConfig
 from tropism.training import boundary
@@ -67,6 +81,16 @@ CASES: dict[str, Case] = {
         empty=4,
     ),
     "quark": Case(Setting("quark", False, "llama"), Quark(quantiles=3, group_size=2, updates=2, batch_size=5)),
+    "ilql": Case(
+        Setting("ilql", False, "llama"),
+        ILQL(target_sync_every=2, awac_beta=0.5, q_rate=1.0),
+        changes={"eval_data": EPISODES[:3]},
+    ),
+    "dpo": Case(Setting("dpo", True, "gpt2"), DPO(label_smoothing=0.1)),
+    "kto": Case(Setting("kto", False, "llama"), KTO(undesirable_weight=1.5)),
+    "rft": Case(
+        Setting("rft", False, "llama"), RFT(improve_steps=1, group_size=3, updates=2, batch_size=5, memory=2), empty=4
+    ),
 }
 """Methods; an adapter and a last layer; a pool of completions; per-token rewards, importance weights, an adaptive KL
 coefficient, a running scale of the reward (all but one), empty completions, and fewer rows than processes."""

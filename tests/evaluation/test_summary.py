@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from tropism.errors import DataError
+from tropism.evaluation.number_texts import change_text, interval_text
 from tropism.evaluation.run_folder import Evaluation, RunData
 from tropism.evaluation.statistics import Interval
-from tropism.evaluation.summary import change_text, interval_text, sample_pairs, summarise, summary_rows
+from tropism.evaluation.summary import sample_pairs, summarise, summary_rows
 
 COUNT = 40
 

@@ -53,9 +53,7 @@ def test_batch_without_weight_skips_the_step_momentum_and_decay_included(setting
     before = state_of(assembly)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nothing can be whitened
-        # What counts of a policy's batch are tokens, and of a reward model's judgements.
-        counts = "loss_mask" if setting.trains_policy else "weights"
-        metrics = assembly.trainer.update(replace(batch, **{counts: torch.zeros_like(getattr(batch, counts))}))
+        metrics = assembly.trainer.update(batch.emptied())
     assert metrics["optim/skipped"] == 1.0
     assert "optim/grad_norm" not in metrics
     assert_same(before, state_of(assembly))
@@ -82,7 +80,7 @@ def test_loss_that_is_not_finite_is_refused_before_the_weights_change(
         return sums, ratios
 
     assembly.algorithm.loss = broken
-    with pytest.raises(NumericsError, match=r"^loss/(nll|policy|kl|value|entropy|choice) is (nan|-?inf) at update 2 "):
+    with pytest.raises(NumericsError, match=r"^loss/\w+ is (nan|-?inf) at update 2 "):
         assembly.trainer.update(batch)
     assert_same(before, state_of(assembly))
     assert all(parameter.grad is None for parameter in assembly.policy.parameters())

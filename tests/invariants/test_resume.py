@@ -43,8 +43,8 @@ from tropism.training.state import optimizer_state
 
 LLAMA = {name: Setting(name, False, "llama") for name in ("sft", *ON_POLICY)}
 
-UPDATES = {"ppo": 8, "grpo": 8, "rloo": 8, "conditioned-online": 8, "quark": 8, "sft": 4, "conditioned": 4}
-UPDATES |= {"reward-model": 4}
+UPDATES = {"ppo": 8, "grpo": 8, "rloo": 8, "conditioned-online": 8, "quark": 8, "rft": 8, "sft": 4, "conditioned": 4}
+UPDATES |= {"dpo": 4, "kto": 4, "ilql": 4, "reward-model": 4}
 """One per step where nothing is sampled; else two steps of two epochs of two minibatches, or of four batches."""
 
 

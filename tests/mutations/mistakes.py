@@ -57,6 +57,66 @@ MISTAKES: tuple[Mistake, ...] = (
         'sums["kl"] = -config.kl_coef * self._sum(',
         ("algorithms/test_grpo.py", "parity"),
     ),
+    # ILQL
+    Mistake(
+        "targets never follow",
+        "algorithms/ilql.py",
+        "if self.updates % self.config.target_sync_every == 0:",
+        "if self.updates < 0:",
+        ("algorithms/test_ilql.py",),
+    ),
+    Mistake(
+        "targets follow before the step",
+        "algorithms/ilql.py",
+        "        config, mask = self.config, batch.loss_mask\n        want = {",
+        "        if hasattr(policy, 'q_heads') and torch.is_grad_enabled():\n"
+        "            policy.q_heads.sync(self.config.alpha)\n"
+        "        self.after_step = lambda *_: Signal.CONTINUE\n"
+        "        config, mask = self.config, batch.loss_mask\n        want = {",
+        ("algorithms/test_ilql.py",),
+    ),
+    Mistake(
+        "targets move all the way",
+        "models/q_heads.py",
+        "_here(target).lerp_(_here(own), alpha)",
+        "_here(target).lerp_(_here(own), 1 - alpha)",
+        ("models/test_q_heads.py", "algorithms/test_ilql.py"),
+    ),
+    Mistake(
+        "the greater target counts",
+        "models/q_heads.py",
+        "worth = torch.stack([head(hidden) for head in self.targets]).amin(0)",
+        "worth = torch.stack([head(hidden) for head in self.targets]).amax(0)",
+        ("models/test_q_heads.py", "rollouts/test_value_guidance.py"),
+    ),
+    Mistake(
+        "the value of the next token, action or not",
+        "ops/offline_losses.py",
+        "own = torch.where(mask, places, width)",
+        "own = places",
+        ("ops/test_offline_losses.py", "algorithms/test_ilql.py"),
+    ),
+    Mistake(
+        "the next value learns, too",
+        "algorithms/ilql.py",
+        "next_action_values(values.detach(), mask)",
+        "next_action_values(values, mask)",
+        ("algorithms/test_ilql.py",),
+    ),
+    Mistake(
+        "guidance without the value of the state",
+        "models/q_heads.py",
+        "worth - self.value(hidden)",
+        "worth + 0 * self.value(hidden)",
+        ("models/test_q_heads.py",),
+    ),
+    Mistake(
+        "rewards of what is cut are lost",
+        "data/episodes.py",
+        "paid[end - 1] += math.fsum(paid[end:])",
+        "paid[end - 1] += 0.0",
+        ("data/test_episodes.py",),
+    ),
     # Masks
     Mistake(
         "sums over padding",
@@ -484,5 +544,76 @@ MISTAKES: tuple[Mistake, ...] = (
         "return logits + self.strength * (asked - other)",
         "return logits + self.strength * (other - asked)",
         ("rollouts/test_guidance.py",),
+    ),
+    # Preferences
+    Mistake(
+        "IPO compares sums in place of means",
+        "algorithms/dpo.py",
+        "own, reference = own / batch.lengths, reference / batch.lengths",
+        "own, reference = own, reference",
+        ("algorithms/test_dpo.py",),
+    ),
+    Mistake(
+        "pairs do not count by their weights",
+        "algorithms/dpo.py",
+        '{"preference": (losses * batch.weights).sum()}',
+        '{"preference": losses.sum()}',
+        ("algorithms/test_dpo.py",),
+    ),
+    Mistake(
+        "chosen and rejected change places in the batch",
+        "preferences.py",
+        "for ids in (pair.chosen_ids, pair.rejected_ids)]",
+        "for ids in (pair.rejected_ids, pair.chosen_ids)]",
+        ("test_preferences.py",),
+    ),
+    Mistake(
+        "liked completions are pushed down",
+        "ops/preference_losses.py",
+        "torch.where(liked, gained, lost)",
+        "torch.where(liked, lost, gained)",
+        ("ops/test_preference_losses.py",),
+    ),
+    Mistake(
+        "the reference point is measured on a prompt's own completion",
+        "preferences.py",
+        "others = [opinions[-1], *opinions[:-1]]",
+        "others = [*opinions]",
+        ("test_preferences.py",),
+    ),
+    Mistake(
+        "the reference point may be negative",
+        "training/pairs.py",
+        "reference_points=ratios.mean().clamp(min=0).expand(len(batch))",
+        "reference_points=ratios.mean().expand(len(batch))",
+        ("training/test_pairs.py",),
+    ),
+    Mistake(
+        "the reference is asked again for the same pair",
+        "training/pairs.py",
+        "self.kept = self.kept.index_put((wanted[rows],), found)",
+        "self.kept = torch.full_like(self.kept, torch.nan).index_put((wanted,), found)",
+        ("training/test_pairs.py",),
+    ),
+    Mistake(
+        "what the reference said is written into the checkpoint before",
+        "training/pairs.py",
+        "self.kept = self.kept.index_put((wanted[rows],), found)",
+        "self.kept = self.kept.index_put_((wanted[rows],), found)",
+        ("training/test_pairs.py",),
+    ),
+    Mistake(
+        "the completions of a pair begin where the chosen one does",
+        "data/pairs.py",
+        "start = min(start for _, start, _ in sides)",
+        "start = sides[0][1]",
+        ("data/test_pairs.py",),
+    ),
+    Mistake(
+        "a tie counts as a preference",
+        "data/pairs.py",
+        "if judged.choice is None:",
+        "if False:",
+        ("data/test_pairs.py",),
     ),
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import tensor
 
-from tropism.ops import best_of_k_loss, bradley_terry_loss, dpo_loss
+from tropism.ops import best_of_k_loss, bradley_terry_loss, dpo_loss, kto_loss
 
 SOFTPLUS = {x: math.log1p(math.exp(x)) for x in (-2.0, -1.0, 0.0, 1.0, 2.0)}
 
@@ -192,3 +192,47 @@ def test_refusals_of_values() -> None:
         dpo_loss(row, row, row, row, beta=0.1, variant="ipo", label_smoothing=0.1)
     with pytest.raises(ValueError, match=r"label_smoothing 0\.1 has no meaning in the variant 'hinge'"):
         dpo_loss(row, row, row, row, beta=0.1, variant="hinge", label_smoothing=0.1)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def test_kto_by_hand() -> None:
+    own, ref = tensor([-3.0, -5.0, -2.0, -2.0]), tensor([-5.0, -4.0, -2.0, -6.0])
+    liked = tensor([True, False, True, False])
+    found = kto_loss(
+        own,
+        ref,
+        liked,
+        reference_points=torch.full((4,), 1.0),
+        beta=0.5,
+        desirable_weight=2.0,
+        undesirable_weight=3.0,
+    )
+    # Log-ratios 2, -1, 0 and 4, of which 1 is taken off.
+    expected = [2 * (1 - sigmoid(0.5)), 3 * (1 - sigmoid(1.0)), 2 * (1 - sigmoid(-0.5)), 3 * (1 - sigmoid(-1.5))]
+    torch.testing.assert_close(found, tensor(expected))
+
+
+def test_kto_far_out_is_finite_and_the_reference_point_has_no_gradient() -> None:
+    own = tensor([1e4, -1e4, 30.0], requires_grad=True)
+    points = torch.zeros(3, requires_grad=True)
+    loss = kto_loss(own, torch.zeros(3), tensor([True, True, True]), reference_points=points, beta=1.0)
+    assert loss.tolist() == pytest.approx([0.0, 1.0, math.exp(-30.0)], rel=1e-5)
+    loss.sum().backward()
+    assert points.grad is None and own.grad is not None and bool(own.grad.isfinite().all())
+    # Nothing of the slope is lost where the loss is nearly 0.
+    assert float(own.grad[2]) == pytest.approx(-math.exp(-30.0), rel=1e-5)
+
+
+def test_kto_refuses_what_it_cannot_read() -> None:
+    columns = tensor([0.0, 0.0]), tensor([0.0, 0.0])
+    liked = tensor([True, False])
+    with pytest.raises(ValueError, match="never broadcast"):
+        kto_loss(*columns, liked, reference_points=tensor([0.0]), beta=0.1)
+    with pytest.raises(ValueError, match="liked"):
+        kto_loss(*columns, tensor([1, 0]), reference_points=tensor([0.0, 0.0]), beta=0.1)
+    for name in ("beta", "desirable_weight", "undesirable_weight"):
+        with pytest.raises(ValueError, match=name):
+            kto_loss(*columns, liked, reference_points=tensor([0.0, 0.0]), **{"beta": 0.1, name: 0.0})

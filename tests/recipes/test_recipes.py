@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +25,11 @@ from tropism.types import RewardInputs
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "recipes"
-RECIPES = {path.relative_to(FOLDER).as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
+SWEEPS = FOLDER / "sweeps"
+"""Files of sweeps, which tests/sweeps checks."""
+RECIPES = {
+    path.relative_to(FOLDER).as_posix(): path for path in sorted(FOLDER.rglob("*.yaml")) if path.parent != SWEEPS
+}
 FILMS = ROOT / "src" / "tropism" / "demo_data"
 
 QUERIES = ("--data.path", "{judged}/books.jsonl", "--data.subset=null", "--data.limit=8", "--data.prepare.length=16")
@@ -35,6 +41,17 @@ LABELS = (
 )
 PPO_ON_LABELS = (*QUERIES, "--eval_data", "{judged}/books.jsonl", "--sampling.truncation.after", "2")
 TASKS = ("sentiment", "descriptiveness", "cnndm", "tldr")
+WALKS = (
+    *("--data.path", "{walks}/prompts.jsonl", "--eval_data.path", "{walks}/prompts.jsonl"),
+    *("--reward.optimality.args.graph", "{walks}", "--metrics.reached.args.graph", "{walks}"),
+)
+
+REVIEWS = (
+    *("--data.path", "{shared}/data/imdb/small_train.jsonl.gz", "--data.limit", "8", "--data.eval_fraction", "0.3"),
+    *("--reward", "vader"),
+)
+HELD_OUT = ("--eval_data", f"{FILMS}/held_out.txt")
+PROMPTS = ("--data", f"{FILMS}/train.txt", *HELD_OUT)
 
 LOCAL: dict[str, tuple[str, ...]] = {
     **{f"lm-human-preferences/{task}-reward.yaml": LABELS for task in TASKS},
@@ -57,18 +74,31 @@ LOCAL: dict[str, tuple[str, ...]] = {
         *("--data.path", "{shared}/data/gsm8k/test.jsonl.gz", "--data.limit", "6", "--data.eval_fraction", "0.4"),
         *("--data.chat", "false", "--data.template", "'{{question}}'"),
     ),
-    "ppo-imdb.yaml": (
-        *("--data.path", "{shared}/data/imdb/small_train.jsonl.gz", "--data.limit", "8", "--data.eval_fraction", "0.3"),
-        *("--reward", "vader"),
-    ),
+    "ppo-imdb.yaml": (*REVIEWS, "--algorithm.minibatch_size", "2"),
+    "grpo-imdb.yaml": REVIEWS,
+    "rft-imdb.yaml": REVIEWS,
+    "ilql-imdb.yaml": REVIEWS,
+    "kto-imdb.yaml": REVIEWS,
+    "dpo-imdb.yaml": ("--data.path", "{remarks}/films-pairs.jsonl", "--data.eval_fraction", "0.4", "--reward", "vader"),
+    "sft-positive-imdb.yaml": REVIEWS,
+    "ppo-warm-films.yaml": (*PROMPTS, "--algorithm.minibatch_size", "2"),
+    "rft-warm-films.yaml": (*PROMPTS, "--algorithm.improve_steps", "1"),
+    "sft-warm-films.yaml": ("--data.path", "{remarks}/films-best.jsonl", "--data.eval_fraction", "0.4"),
+    "dpo-warm-films.yaml": ("--data.path", "{remarks}/films-pairs.jsonl", "--data.eval_fraction", "0.4"),
+    "kto-warm-films.yaml": ("--data.path", "{remarks}/films-opinions.jsonl", "--data.eval_fraction", "0.4"),
+    "ilql-warm-films.yaml": ("--data.path", "{remarks}/films.jsonl", *HELD_OUT),
     "quark-warm-films.yaml": (
         *("--data", f"{FILMS}/train.txt", "--eval_data", f"{FILMS}/held_out.txt"),
         *("--algorithm.quantiles", "2", "--algorithm.updates", "1"),
     ),
+    "best-of-n-warm-films.yaml": PROMPTS,
     "ppo-movies.yaml": (
         *("--data", f"{FILMS}/train.txt", "--eval_data", f"{FILMS}/held_out.txt"),
         *("--reward.taste.use", "{judged}/reward"),
     ),
+    **{f"randomwalks/{name}.yaml": WALKS for name in ("ppo", "grpo")},
+    "randomwalks/ilql.yaml": ("--data.path", "{walks}/walks.jsonl", *WALKS[2:]),
+    "randomwalks/sft.yaml": ("--data.path", "{walks}/walks.jsonl", "--eval_data.path", "{walks}/held_out.jsonl"),
     "reward-model-movies.yaml": (
         *("--data.path", "{shared}/data/movie_ratings/best_of_4.jsonl.gz", "--data.limit", "40"),
         *("--normalise.policy", "{judged}/stories", "--normalise.samples", "4", "--normalise.check", "4"),
@@ -99,7 +129,7 @@ def test_the_command_in_the_comment_is_that_of_the_recipe(name: str) -> None:
     # One of a policy and a reward model that belong together may name both.
     assert f"recipes/{name}" in named
     assert {word.removeprefix("recipes/") for word in named} <= RECIPES.keys()
-    assert len(set(named)) == 1 or "reward-model-movies.yaml" in text
+    assert len(set(named)) == 1 or "reward-model-movies.yaml" in text or "randomwalks/sft.yaml" in text
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -124,6 +154,17 @@ def scored(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "papers-plain.jsonl").write_text("".join(json.dumps(paper) + "\n" for paper in papers))
     reward, out = str(ROOT / "recipes/conditioned-scitldr.yaml"), str(folder / "papers.jsonl")
     assert main(["score", str(folder / "papers-plain.jsonl"), "--reward-file", reward, "--out", out]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def remarks(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with remarks and their rewards, and what is made of them, as the comments of the recipes say."""
+    folder = tmp_path_factory.mktemp("remarks")
+    made = folder / "films.jsonl"
+    sampled = ("--model", str(stories), "--limit", "12", "--n", "8", "--stop", ".", "--reward", "vader")
+    assert main(["score", f"{FILMS}/train.txt", *sampled, "--out", str(made)]) == 0
+    subprocess.run([sys.executable, ROOT / "examples" / "from_scores.py", made], check=True, capture_output=True)
     return folder
 
 
@@ -167,15 +208,27 @@ def judged(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def walks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small graph with its walks."""
+    folder = tmp_path_factory.mktemp("walks") / "randomwalks"
+    size = ("--n-nodes", "4", "--p-edge", "0.5", "--n-walks", "12", "--n-layer", "1", "--n-embd", "8", "--n-head", "2")
+    assert main(["randomwalks", str(folder), *size]) == 0
+    return folder
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_runs(name: str, stories: Path, shared: Path, scored: Path, judged: Path, tmp_path: Path) -> None:
+def test_a_recipe_runs(
+    name: str, stories: Path, shared: Path, scored: Path, remarks: Path, judged: Path, walks: Path, tmp_path: Path
+) -> None:
     recipe = Recipe.from_file(RECIPES[name])
+    made = {"shared": shared, "scored": scored, "remarks": remarks, "judged": judged, "walks": walks}
     on_policy = recipe.algorithm.on_policy
     run = tmp_path / "run"
     arguments = [
         *("--model", str(stories), "--run", str(run), "--total_steps", "2", "--prompts_per_step", "2"),
         *("--sampling.max_new_tokens", "8", "--trainer.evaluation.every", "1", "--trainer.progress", "false"),
-        *(word.format(shared=shared, scored=scored, judged=judged) for word in LOCAL[name]),
+        *(word.format(**made) for word in LOCAL[name]),
         *(("--algorithm.group_size", "2") if on_policy else ()),
     ]
     assert main(["train", str(RECIPES[name]), *arguments]) == 0
@@ -196,6 +249,15 @@ def test_a_recipe_runs(name: str, stories: Path, shared: Path, scored: Path, jud
     kind = AutoModelForSequenceClassification if recipe.algorithm.reads == "comparisons" else AutoModelForCausalLM
     kind.from_pretrained(run / "model")
     AutoTokenizer.from_pretrained(run / "model")
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("-imdb.yaml")])
+def test_without_the_hub_a_recipe_says_what_it_lacks(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing else is wrong with it: its first error is about a model of the hub, and how to do without."""
+    assert main(["train", str(RECIPES[name]), "--dry-run"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.match("error: .*(lvwerra/distilbert-imdb|openai-community/gpt2)", said)
+    assert re.search("(Give a folder, or an id that this machine can download|Without, give a local model)", said)
 
 
 def test_gsm8k_answers_reach_the_reward(stories: Path, shared: Path, tmp_path: Path) -> None:

@@ -47,9 +47,10 @@ MAY_PICKLE = {
 MAY_RUN = {
     # Code of the user's own machine that the user allowed.
     "rewards/resolve.py": {"exec", "compile", "importlib.import_module"},
-    # Processes of this library's own: one that renders chat templates, and those that call rewards.
+    # Processes of this library's own: one that renders chat templates, those that call rewards, and runs of a sweep.
     "foreign/templates.py": {"subprocess"},
     "rewards/workers.py": {"subprocess"},
+    "sweeps/work.py": {"subprocess"},
     # Names that stand in these files themselves, imported when they are first used.
     "__init__.py": {"import_module"},
     "cli.py": {"import_module"},

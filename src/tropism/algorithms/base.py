@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
@@ -15,10 +15,16 @@ from tropism.errors import ConfigError
 from tropism.ops import kl_k1, kl_k3, masked_sum
 from tropism.targets.conditioner import Conditioner, Targets
 from tropism.targets.config import Conditioning
-from tropism.types import Batch, Metrics, PolicyBatch, RewardBatch, Rollouts, ScoredText, Sums, Tokens
+from tropism.types import Batch, Metrics, PolicyBatch, RewardBatch, Rollouts, Sums, Tokens
 
 Ratios = dict[str, tuple[Tensor, Tensor]]
 """Numbers for the log as (sum, count), so that the trainer can add them up over micro-batches and processes."""
+
+
+Reads = Literal["prompts", "demonstrations", "scored", "comparisons", "pairs", "opinions", "episodes"]
+"""Prompts to sample completions of, texts to imitate, texts with their rewards, what people said about completions (for
+a reward model), pairs of a chosen and a rejected completion, completions that were liked or not, or texts of one or
+several turns with rewards."""
 
 
 class Signal(Enum):
@@ -76,6 +82,8 @@ class StepSize:
     """Of all of them."""
     batch: int
     """Texts of an optimizer step."""
+    every: int = 1
+    """It samples in every so many-th step, the first included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +93,17 @@ class AlgorithmConfig(ABC):
     name: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     needs_value_head: ClassVar[bool] = False
+    needs_q_heads: ClassVar[bool] = False
     learns_from: ClassVar[str] = "its own completions, rewarded"
 
     @property
-    def reads(self) -> Literal["prompts", "demonstrations", "scored", "comparisons"]:
-        """What its data is: prompts to sample completions of, texts to imitate, texts with their rewards, or what
-        people said about completions."""
+    def reads(self) -> Reads:
+        """What its data is."""
         return "prompts"
 
     @property
     def on_policy(self) -> bool:
-        """Whether it samples in every step; a step is then a collect, and otherwise one update."""
+        """Whether it samples in its steps; a step is then a collect, and otherwise one update."""
         return self.reads == "prompts"
 
     @property
@@ -127,6 +135,11 @@ class AlgorithmConfig(ABC):
     def score_without_end(self) -> float | None:
         """What replaces the reward of completions that the length limit cut; None: they keep it."""
         return None
+
+    @property
+    def q_head_count(self) -> int:
+        """Q heads, where it needs some."""
+        return 2
 
     @property
     def head_rate(self) -> float:
@@ -240,36 +253,6 @@ class OnPolicyConfig(AlgorithmConfig):
 P = TypeVar("P", bound=OnPolicyConfig)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PoolPlan:
-    """How a pool of completions grows, and what is taken from it in a step."""
-
-    per_prompt: int
-    """Completions of a prompt."""
-    once: bool
-    """Sample for all prompts before the first step, and never again; otherwise for some in every step."""
-    updates: int
-    """Batches of a step; 1 where the pool no longer grows."""
-    batch_size: int
-    """Texts of a batch."""
-
-
-class PoolConfig(AlgorithmConfig):
-    """What every method has that learns from scored texts."""
-
-    @abstractmethod
-    def plan(self, prompts_per_step: int) -> PoolPlan:
-        """How it samples its own texts, where it does."""
-
-    def step_size(self, prompts_per_step: int, prompts: int) -> StepSize:
-        plan = self.plan(prompts_per_step)
-        sampled = prompts if plan.once else prompts_per_step
-        return StepSize(prompts=sampled, completions=sampled * plan.per_prompt, batch=plan.batch_size)
-
-
-Q = TypeVar("Q", bound=PoolConfig)
-
-
 class OnPolicyAlgorithm(Algorithm[P], Generic[P]):
     """A method that learns from completions the policy itself has just sampled."""
 
@@ -295,44 +278,6 @@ class OnPolicyAlgorithm(Algorithm[P], Generic[P]):
         if limit is not None and metrics.get("policy/approx_kl", 0.0) > limit:
             return Signal.END_COLLECT
         return Signal.CONTINUE
-
-
-class PoolAlgorithm(Algorithm[Q], Generic[Q]):
-    """A method that learns from scored texts: those of a data set, or a pool of its own completions."""
-
-    @property
-    def conditioner(self) -> Conditioner:
-        """What stands before prompts; the source and the evaluation use it, too."""
-        assert self.facts.conditioner is not None
-        return self.facts.conditioner
-
-    @abstractmethod
-    def take_scores(self, scores: Sequence[tuple[float, ...]]) -> Metrics:
-        """Whenever texts have come in, before the batches of a collect; returns what it wants logged.
-
-        Args:
-            scores: [N][K] of all texts, oldest first; their number only grows.
-        """
-
-    @abstractmethod
-    def ask(self, uniforms: Tensor) -> list[tuple[int, ...]]:
-        """What stands before each of P prompts that are sampled for the pool.
-
-        Args:
-            uniforms: [P] in [0, 1), to draw targets by.
-        """
-
-    @abstractmethod
-    def make_batch(
-        self, texts: Sequence[ScoredText], places: Sequence[int], uniforms: Tensor, reference: Scorer | None
-    ) -> Batch:
-        """The batch of one optimizer step.
-
-        Args:
-            texts: B of them. places: where each stands among the scores that ``take_scores`` got.
-            uniforms: [B, K] in [0, 1), to leave targets out by.
-            reference: None where ``needs_reference`` is false.
-        """
 
 
 def reference_logprobs(reference: Scorer | None, rollouts: Rollouts) -> Tensor:

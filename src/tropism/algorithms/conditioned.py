@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tropism.algorithms.base import PoolAlgorithm, PoolConfig, PoolPlan, Ratios, RunFacts, Scorer
+from tropism.algorithms.base import Ratios, RunFacts, Scorer
+from tropism.algorithms.pool import PoolAlgorithm, PoolConfig, PoolPlan
 from tropism.ops import masked_sum
 from tropism.targets.conditioner import Targets
 from tropism.targets.config import Conditioning, Mechanism, ScalerName

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tropism.algorithms.base import PoolAlgorithm, PoolConfig, PoolPlan, Ratios, RunFacts, Scorer, count_tokens
+from tropism.algorithms.base import Ratios, RunFacts, Scorer, count_tokens
+from tropism.algorithms.pool import PoolAlgorithm, PoolConfig, PoolPlan
 from tropism.errors import ConfigError
 from tropism.ops import masked_sum
 from tropism.ops.slots import slot_id

@@ -5,6 +5,7 @@ from __future__ import annotations
 COMMANDS: dict[str, str] = {
     "demo": "Turn a small real model toward warm opinions of films and show what it bought; needs no network.",
     "train": "Train by a recipe; any field can be changed by --dotted.key value.",
+    "sweep": "Train a recipe with many settings and show which is best; goes on where it was interrupted.",
     "generate": "Complete prompts with a trained run or any model.",
     "evaluate": "Score held-out completions of a run and of the model it started from, or of any model.",
     "score": "Write a data set with the reward of each record, or with rewarded completions of a model.",
@@ -13,5 +14,6 @@ COMMANDS: dict[str, str] = {
     "inspect": "Show a few rows of data as the model sees them: text, tokens, masks, positions.",
     "methods": "List the methods, or the fields of one.",
     "report": "Write the report.html of a run anew.",
+    "randomwalks": "Write the toy task of random walks, whose best outcome is known: graph, walks and a tiny model.",
 }
 """Name and one line of help, in the order of the help."""

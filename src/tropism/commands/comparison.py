@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.padding import Padding
@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tropism.commands.console import printable
-from tropism.evaluation.summary import SamplePair, Summary, summary_rows
+from tropism.evaluation.sampling_table import sampling_table
+from tropism.evaluation.summary import SamplePair, Snapshot, Summary, summary_rows
 
 WIDE = 105
 """Columns from which a number and its interval stand on one line."""
@@ -34,6 +35,27 @@ def show_summary(out: Console, summary: Summary, *, before: str = "before", afte
     if summary.after:
         for caution in summary.cautions:
             out.print(Text.assemble(("note: ", "yellow"), printable(caution)))
+
+
+def show_sampling(out: Console, models: Mapping[str, Snapshot | None]) -> None:
+    """One table of every model under every way to sample; nothing where there is one way.
+
+    Args:
+        models: what was measured of each, by its name.
+    """
+    found = {name: sampling_table(one) for name, one in models.items() if one is not None and one.settings}
+    if not found:
+        return
+    table = Table(title="the same prompts under changed sampling, 95 % intervals", title_justify="left")
+    table.add_column("")
+    columns = list(dict.fromkeys(label for labels, _ in found.values() for label in labels))
+    for label in columns:
+        table.add_column(printable(label), justify="right")
+    for name, (labels, rows) in found.items():
+        for label, values in rows:
+            by_label = dict(zip(labels, values, strict=True))
+            table.add_row(printable(f"{label}, {name}"), *(by_label.get(column, "") for column in columns))
+    out.print(table)
 
 
 def show_pairs(out: Console, pairs: Sequence[SamplePair]) -> None:

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import tyro
 
 from tropism.commands.console import console, tell
@@ -23,12 +22,13 @@ from tropism.commands.recipe_arguments import (
     with_overrides,
 )
 from tropism.errors import ConfigError, ModelError
+from tropism.schema import apply_overrides
 from tropism.storage import writing
 
 if TYPE_CHECKING:
     from tropism.config import Recipe
     from tropism.evaluation.heldout import RewardEvaluation
-    from tropism.evaluation.run_folder import Evaluation
+    from tropism.metric_functions import MetricFunctions
     from tropism.models.loading import LoadedModel
     from tropism.models.policy import Policy
     from tropism.rewards import RewardHarness
@@ -55,9 +55,15 @@ class Options:
     """A registered reward, or file.py:function with --allow-code; None: the run's."""
     n: int | None = None
     """Use at most so many prompts or judgements; None: all."""
+    sampling: str | None = None
+    """Complete the prompts with several values of one field of the sampling, too, and print a table with a column for
+    each: temperature=0.7,1.0. None: what trainer.evaluation.sampling of the run lists."""
     out: Path | None = None
     """Write every prompt, completion and reward to this .parquet or .json file; with --steerability, everything into
-    this folder (None: the run's folder steerability), and of a reward model, too (None: its folder choices)."""
+    this folder (None: the run's folder steerability), and of a reward model, too (None: its folder choices), and with
+    --best-of (None: the run's folder best_of)."""
+    best_of: str | None = None
+    """The expected reward of the best of so many completions, for each of several numbers: 1,2,4,8,16."""
     steerability: bool = False
     """Of a run that was told rewards: ask for many, and measure how closely it gives what it is asked for."""
     targets: tuple[float, ...] = ()
@@ -66,7 +72,8 @@ class Options:
     target_name: str | None = None
     """With --steerability: which reward to ask for, where the model knows several; the others are left open."""
     samples_per_prompt: int = 1
-    """With --steerability: completions of every prompt at every target."""
+    """With --steerability: completions of every prompt at every target. With --best-of: of every prompt (1: as many as
+    the largest number takes)."""
     allow_code: bool = False
     """Let the reward name code: module:function or file.py:function."""
 
@@ -83,31 +90,42 @@ def run(arguments: Sequence[str]) -> None:
     )
     if options.n is not None and options.n < 1:
         raise ConfigError(f"--n must be at least 1, got {options.n}")
-    if is_of_reward_model(options.source):
+    of_reward_model = is_of_reward_model(options.source)
+    if options.sampling is not None and (of_reward_model or options.steerability or options.best_of is not None):
+        raise ConfigError("--sampling is for completions under the run's reward; leave it out")
+    if of_reward_model:
         measure_reward_model(options, overrides)
         return
     if options.steerability:
+        if options.best_of is not None:
+            raise ConfigError("--best-of and --steerability measure different things; leave one of them out")
         from tropism.commands.steerability import measure
 
         measure(options, _recipe(options, overrides))
         return
     _refuse_options_of_steerability(options)
+    if options.best_of is not None:
+        from tropism.commands.best_of import measure as measure_best_of
+
+        measure_best_of(options, _recipe(options, overrides))
+        return
     if options.out is not None and options.out.suffix not in (".parquet", ".json"):
         raise ConfigError(f"--out {options.out}: name a .parquet or .json file")
     recipe = _recipe(options, overrides)
-    from tropism.commands.comparison import show_summary
+    from tropism.commands.comparison import show_sampling, show_summary
     from tropism.commands.quiet import quieten_libraries
-    from tropism.evaluation.run_folder import RunData
+    from tropism.evaluation.run_folder import RunData, evaluation_in
     from tropism.evaluation.summary import summarise
 
     quieten_libraries()
-    tables = _tables(recipe, options)
-    evaluations = [_evaluation(table, step) for step, table in enumerate(tables.values())]
+    tables = tables_of(recipe, options)
+    evaluations = [evaluation_in(step, table, name) for step, (name, table) in enumerate(tables.items())]
     names = list(tables)
     summary = summarise(RunData(folder=Path(options.source), evaluations=evaluations))
     show_summary(console(), summary, before=names[0], after=names[-1])
+    show_sampling(console(), dict(zip(names, (summary.before, summary.after), strict=False)))
     if options.out is not None:
-        _write(options.out, tables)
+        write_tables(options.out, tables)
         console().print(f"written: {options.out}", soft_wrap=True)
 
 
@@ -115,7 +133,7 @@ def _refuse_options_of_steerability(options: Options) -> None:
     given = {
         "--targets": options.targets != (),
         "--target-name": options.target_name is not None,
-        "--samples-per-prompt": options.samples_per_prompt != 1,
+        "--samples-per-prompt": options.samples_per_prompt != 1 and options.best_of is None,
     }
     for name, was_given in given.items():
         if was_given:
@@ -141,11 +159,23 @@ def _recipe(options: Options, overrides: Sequence[str]) -> Recipe:
     if options.data is not None:
         mapping["data"], mapping["eval_data"] = with_path(mapping["data"], options.data), None
     mapping = with_overrides(mapping, overrides)
+    if options.steerability or options.best_of is not None:  # which sample in one way, for every target or number
+        mapping = apply_overrides(mapping, ["--trainer.evaluation.sampling=[]"])
+    if options.sampling is not None:
+        mapping = apply_overrides(mapping, [f"--trainer.evaluation.sampling={json.dumps(_sweep(options.sampling))}"])
     refuse_python_objects({name: mapping.get(name) for name in ("data", "eval_data")}, folder)
     recipe = Recipe.from_mapping(mapping)
     if recipe.reward is None:
         raise ConfigError(f"the run {folder} has no reward; name one: --reward vader")
     return recipe
+
+
+def _sweep(text: str) -> list[dict[str, Any]]:
+    """``temperature=0.7,1.0`` as changes to the sampling, one for each value."""
+    name, equals, values = text.partition("=")
+    if not equals or not name or not all(value.strip() for value in values.split(",")):
+        raise ConfigError(f"--sampling {text!r:.80}: give one field and its values, such as temperature=0.7,1.0")
+    return [apply_overrides({}, [f"--{name}={value}"]) for value in values.split(",")]
 
 
 def with_path(data: Any, path: str) -> Any:
@@ -156,14 +186,20 @@ def with_path(data: Any, path: str) -> Any:
     return {key: value for key, value in data.items() if key not in of_the_old_data} | {"path": path}
 
 
-def _tables(recipe: Recipe, options: Options) -> dict[str, Table]:
-    """One table per model: the base model first, where there is one that can be loaded."""
+def tables_of(recipe: Recipe, options: Options, *, per_prompt: int = 1) -> dict[str, Table]:
+    """One table per model: the base model first, where there is one that can be loaded.
+
+    Args:
+        per_prompt: completions of every prompt, those of one prompt together.
+    """
     from tropism.generation import model_path, policy_with_slots
+    from tropism.metric_functions import MetricFunctions
     from tropism.models.loading import ModelConfig, load_model
     from tropism.rewards import RewardHarness
 
     assert recipe.reward is not None
     harness = RewardHarness(recipe.reward, allow_code=options.allow_code)
+    metrics = MetricFunctions(recipe.metrics, allow_code=options.allow_code)
     path = model_path(options.source)
     is_run = path != options.source
     fields = recipe.model if isinstance(recipe.model, ModelConfig) else ModelConfig(name=str(recipe.model))
@@ -171,11 +207,12 @@ def _tables(recipe: Recipe, options: Options) -> dict[str, Table]:
     base = base_model(recipe) if is_run else None
     policy, conditioner = policy_with_slots(trained)
     taken = 0 if conditioner is None else conditioner.width
-    prompts = prompts_to_score(recipe, options, trained.tokenizer, limit=policy.context_length, taken=taken)
+    scored = prompts_to_score(recipe, options, trained.tokenizer, limit=policy.context_length, taken=taken)
+    prompts = [prompt for prompt in scored for _ in range(per_prompt)]
     tables = {}
     if base is not None:
-        tables["base"] = _score(base, base, recipe, prompts, harness)
-    tables["trained" if is_run else "model"] = _score(trained, base, recipe, prompts, harness)
+        tables["base"] = _score(base, base, recipe, prompts, harness, metrics)
+    tables["trained" if is_run else "model"] = _score(trained, base, recipe, prompts, harness, metrics)
     return tables
 
 
@@ -212,17 +249,38 @@ def base_model(recipe: Recipe) -> LoadedModel | None:
 
 
 def _score(
-    loaded: LoadedModel, base: LoadedModel | None, recipe: Recipe, prompts: Sequence[Prompt], harness: RewardHarness
+    loaded: LoadedModel,
+    base: LoadedModel | None,
+    recipe: Recipe,
+    prompts: Sequence[Prompt],
+    harness: RewardHarness,
+    metrics: MetricFunctions,
 ) -> Table:
     from tropism.generation import policy_with_slots
     from tropism.rollouts.engine import EmbeddedSampler
 
     sampler = EmbeddedSampler(loaded.tokenizer, loaded.tokens.eos_ids)
     policy, conditioner = policy_with_slots(loaded)
+    if loaded is base and policy.q_heads is None:
+        recipe = _without_beta(recipe)
     condition = None
     if conditioner is not None:
         condition = partial(conditioner.for_evaluation, target=recipe.algorithm.evaluated_at)
-    return reward_evaluation(policy, loaded.tokenizer, sampler, base, recipe, prompts, harness, condition)(0)[1]
+    evaluation = reward_evaluation(
+        policy, loaded.tokenizer, sampler, base, recipe, prompts, harness, condition, metrics
+    )
+    return evaluation(0)[1]
+
+
+def _without_beta(recipe: Recipe) -> Recipe:
+    """The recipe for a model that does not value its tokens, as the one that ILQL started from."""
+    others = [change for change in recipe.trainer.evaluation.sampling if "beta" not in change]
+    evaluation = replace(recipe.trainer.evaluation, sampling=tuple(others))
+    return replace(
+        recipe,
+        sampling=replace(recipe.sampling, beta=0.0),
+        trainer=replace(recipe.trainer, evaluation=evaluation),
+    )
 
 
 def reward_evaluation(
@@ -234,6 +292,7 @@ def reward_evaluation(
     prompts: Sequence[Prompt],
     harness: RewardHarness,
     condition: Callable[[Sequence[Prompt]], Sequence[Prompt]] | None = None,
+    metrics: MetricFunctions | None = None,
 ) -> RewardEvaluation:
     """What samples completions of the prompts as the recipe says, and scores them.
 
@@ -241,8 +300,8 @@ def reward_evaluation(
         base: the model that KL is measured to.
         condition: as in ``RewardEvaluation``.
     """
-    from tropism.evaluation.heldout import RewardEvaluation
     from tropism.models.policy import Policy
+    from tropism.recipe_evaluation import evaluation_of
     from tropism.recipe_processes import accelerator_for
     from tropism.rollouts.transcribe import Transcriber
     from tropism.training.processes import Processes
@@ -266,32 +325,24 @@ def reward_evaluation(
         processes=processes,
         seed=recipe.seed,
     )
-    return RewardEvaluation(prompts, maker=maker, reference=reference, condition=condition)
-
-
-def _evaluation(table: Table, step: int) -> Evaluation:
-    from tropism.evaluation.run_folder import Evaluation
-
-    def column(name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-        return np.array(table[name], dtype=np.float64)
-
-    terms = [name for name in table if name.startswith("reward/")]
-    return Evaluation(
-        step=step,
-        prompts=table["prompt"],
-        completions=table["completion"],
-        rewards=column("reward"),
-        lengths=column("length"),
-        sequence_kl=column("sequence_kl"),
-        finish_reasons=table["finish_reason"],
-        terms={name.removeprefix("reward/"): column(name) for name in terms},
+    return evaluation_of(
+        recipe,
+        prompts,
+        maker=maker,
+        tokenizer=tokenizer,
+        reference=reference,
+        condition=condition,
+        measures=metrics,
     )
 
 
-def _write(path: Path, tables: dict[str, Table]) -> None:
+def write_tables(path: Path, tables: dict[str, Table]) -> None:
+    """All rows of all tables, with the name of their model, as .parquet or .json."""
     rows: Table = {"model": [name for name, table in tables.items() for _ in table["prompt"]]}
-    for column in next(iter(tables.values())):
-        rows[column] = [value for table in tables.values() for value in table[column]]
+    for column in dict.fromkeys(column for table in tables.values() for column in table):
+        rows[column] = [
+            value for table in tables.values() for value in table.get(column, [None] * len(table["prompt"]))
+        ]
     if path.suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq

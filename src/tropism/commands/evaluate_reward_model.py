@@ -79,6 +79,7 @@ def _refuse_options(options: Options) -> None:
     given = {
         "--reward": options.reward is not None,
         "--steerability": options.steerability,
+        "--best-of": options.best_of is not None,
         "--targets": options.targets != (),
         "--target-name": options.target_name is not None,
         "--samples-per-prompt": options.samples_per_prompt != 1,

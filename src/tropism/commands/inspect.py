@@ -20,7 +20,9 @@ from tropism.safe_yaml import read_yaml
 if TYPE_CHECKING:
     from tropism.config import Recipe
     from tropism.data.demonstrations import Demonstration
+    from tropism.episodes import Episode
     from tropism.models.loading import LoadedModel
+    from tropism.preferences import Opinion, Pair
     from tropism.recipe_data import Texts
     from tropism.targets.conditioner import Conditioner
     from tropism.types import Prompt, ScoredText, Tokens
@@ -79,6 +81,17 @@ def run(arguments: Sequence[str]) -> None:
         assert conditioner is not None
         scored = scored_of(recipe, loaded.tokenizer, context_length=limit, taken=taken)
         _show_scored(recipe, loaded, conditioner, scored, options)
+    elif recipe.algorithm.reads in ("pairs", "opinions"):
+        from tropism.recipe_pairs import opinions_of, pairs_of
+
+        if recipe.algorithm.reads == "pairs":
+            _show_pairs(loaded, pairs_of(recipe, loaded.tokenizer, context_length=limit), options)
+        else:
+            _show_opinions(loaded, opinions_of(recipe, loaded.tokenizer, context_length=limit), options)
+    elif recipe.algorithm.reads == "episodes":
+        from tropism.recipe_episodes import episodes_of
+
+        _show_episodes(loaded, episodes_of(recipe, loaded.tokenizer, context_length=limit), options)
     else:
         texts = demonstrations_of(recipe, loaded.tokenizer, context_length=limit)
         _show_demonstrations(loaded, texts.train, texts.held_out, options)
@@ -145,6 +158,52 @@ def _show_demonstrations(
         _show_tokens(out, loaded, batch, batch.loss_mask, index, options.tokens)
 
 
+def _show_pairs(loaded: LoadedModel, texts: Texts[Pair], options: Options) -> None:
+    """Pairs, each of their completions after the prompt."""
+    from tropism.preferences import collate_pairs
+
+    out, shown = console(), texts.train[: options.rows]
+    rows = collate_pairs(shown).rows
+    out.print(f"{len(texts.train)} pairs to train on, {len(texts.held_out)} held out.")
+    for index, pair in enumerate(shown):
+        for side, completion in enumerate((pair.chosen_ids, pair.rejected_ids)):
+            text = loaded.tokenizer.decode([*pair.prompt_ids, *completion])
+            _show_text(out, index, text, label=("chosen", "rejected")[side])
+            _show_tokens(out, loaded, rows, rows.completion_mask, 2 * index + side, options.tokens)
+
+
+def _show_opinions(loaded: LoadedModel, texts: Texts[Opinion], options: Options) -> None:
+    from tropism.preferences import collate_opinions
+
+    out, shown = console(), texts.train[: options.rows]
+    batch = collate_opinions(shown)
+    liked = sum(one.liked for one in texts.train)
+    out.print(
+        f"{len(texts.train)} opinions to train on, {liked} of them of completions that were liked; "
+        f"{len(texts.held_out)} held out."
+    )
+    for index, one in enumerate(shown):
+        text = loaded.tokenizer.decode([*one.prompt_ids, *one.completion_ids])
+        _show_text(out, index, text, label="liked" if one.liked else "not liked")
+        _show_tokens(out, loaded, batch, batch.loss_mask, index, options.tokens)
+
+
+def _show_episodes(loaded: LoadedModel, texts: Texts[Episode], options: Options) -> None:
+    """Episodes with what each of their tokens is paid, as the method learns it."""
+    from tropism.episodes import collate_episodes
+
+    out, shown = console(), texts.train[: options.rows]
+    batch = collate_episodes(shown)
+    out.print(
+        f"{len(texts.train)} episodes to train on, {len(texts.held_out)} held out. Rewards are on the scale that is "
+        "learned."
+    )
+    for index, one in enumerate(shown):
+        _show_text(out, index, loaded.tokenizer.decode([*one.prompt_ids, *one.completion_ids]))
+        paid = [f"{reward:.3g}" if reward else "" for reward in one.rewards]
+        _show_tokens(out, loaded, batch, batch.loss_mask, index, options.tokens, rewards=paid)
+
+
 def _show_scored(
     recipe: Recipe, loaded: LoadedModel, conditioner: Conditioner, texts: Texts[ScoredText], options: Options
 ) -> None:
@@ -167,8 +226,9 @@ def _show_scored(
         _show_tokens(out, loaded, batch, batch.loss_mask, index, options.tokens, slots=told)
 
 
-def _show_text(out: Console, index: int, text: Any) -> None:
-    out.print(Text.assemble((f"\nrow {index}  ", "bold"), printable(text)[:1000]), soft_wrap=True)
+def _show_text(out: Console, index: int, text: Any, *, label: str = "") -> None:
+    name = f"\nrow {index}{label and ', '}{label}  "
+    out.print(Text.assemble((name, "bold"), printable(text)[:1000]), soft_wrap=True)
 
 
 def _show_tokens(
@@ -180,11 +240,13 @@ def _show_tokens(
     most: int,
     *,
     slots: Sequence[str] = (),
+    rewards: Sequence[str] | None = None,
 ) -> None:
     """One line per entry of the row as the forward pass gets it, pads included.
 
     Args:
         slots: what the slots that the row begins with say.
+        rewards: of each completion token, where they are a part of the data.
     """
     from tropism.models.policy import join
     from tropism.ops.slots import without_slots
@@ -192,7 +254,7 @@ def _show_tokens(
     ids, attention, positions, first = join(**tokens.inputs, padding="right")
     begin, total = int(first[row]), int(tokens.total_lengths[row])
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
-    for column in ("index", "id", "token", "attention", "position", "loss"):
+    for column in ("index", "id", "token", "attention", "position", "loss", *([] if rewards is None else ["reward"])):
         table.add_column(column, justify="left" if column == "token" else "right")
     places = [*range(total), *range(total, min(total + 2, ids.shape[1]))]
     for line, place in enumerate(places):
@@ -208,7 +270,9 @@ def _show_tokens(
         elif real:
             text = printable(repr(_piece(loaded, list(without_slots(ids[row, : place + 1].tolist())))))
         number_of = ("slot" if number < 0 else str(number)) if real else ""
-        table.add_row(str(place), number_of, text, str(int(real)), str(int(positions[row, place])), str(int(loss)))
+        paid = [] if rewards is None else [rewards[place - begin] if real and place >= begin else ""]
+        position = str(int(positions[row, place]))
+        table.add_row(str(place), number_of, text, str(int(real)), position, str(int(loss)), *paid)
     out.print(table)
 
 

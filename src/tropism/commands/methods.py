@@ -24,7 +24,7 @@ class Options:
 def run(arguments: Sequence[str]) -> None:
     """Show the table of methods, or one method's fields."""
     options = tyro.cli(Options, args=arguments, prog="tropism methods", description=Options.__doc__)
-    from tropism.algorithms import ALGORITHMS
+    from tropism.algorithms import ALGORITHMS, INFERENCE_ONLY
     from tropism.commands.recipe_help import entries, show_entries
     from tropism.config import method_named
 
@@ -32,10 +32,16 @@ def run(arguments: Sequence[str]) -> None:
     if not options.name:
         for name, method in ALGORITHMS.items():
             first = " ".join((inspect.getdoc(method) or "").split("\n\n")[0].split())
-            out.print(Text.assemble((f"{name:<12}", "bold"), ("learns from ", "dim"), method.learns_from))
+            out.print(Text.assemble((f"{name:<13}", "bold"), ("learns from ", "dim"), method.learns_from))
             for line in (first, f"presets: {', '.join(method.presets) or 'none'}"):
-                out.print(Padding(Text(line), (0, 0, 0, 12)))
+                out.print(Padding(Text(line), (0, 0, 0, 13)))
+        for name, how in INFERENCE_ONLY.items():
+            out.print(Text.assemble((f"{name:<13}", "bold"), ("learns nothing: ", "dim"), "for inference only"))
+            out.print(Padding(Text(how), (0, 0, 0, 13)))
         out.print("\nThe fields of one: tropism methods NAME. In a recipe: algorithm: {name: NAME, preset: ...}")
+        return
+    if options.name in INFERENCE_ONLY:
+        out.print(Text(f"{options.name} is for inference only. {INFERENCE_ONLY[options.name]}"))
         return
     method = method_named(options.name)
     out.print(inspect.getdoc(method))

@@ -54,8 +54,10 @@ def take_apart(arguments: Sequence[str], flags: Mapping[str, str]) -> Words:
 
 
 def _field_key(option: str) -> str:
-    """``--total-steps`` means ``--total_steps``; the names of reward terms, which may hold a hyphen, stay."""
-    return option if option.startswith("--reward") else "--" + option.removeprefix("--").replace("-", "_")
+    """``--total-steps`` means ``--total_steps``; names of reward terms and metrics may hold a hyphen, and stay."""
+    if option.startswith(("--reward", "--metrics")):
+        return option
+    return "--" + option.removeprefix("--").replace("-", "_")
 
 
 def with_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

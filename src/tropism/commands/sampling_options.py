@@ -23,6 +23,10 @@ class SamplingOptions:
     """Keep tokens with at least this share of the most likely token's probability."""
     repetition_penalty: float = 1.0
     """Above 1 makes tokens that were there already less likely."""
+    beta: float = 0.0
+    """Of a model with Q heads (ilql): how much the advantage of each token adds to its logit; 0 is off."""
+    allowed_tokens: str | None = None
+    """A JSON file {token: [tokens that may follow it]}; no other token is sampled."""
     stop: tuple[str, ...] = ()
     """Texts that end a completion."""
     seed: int = 0

@@ -25,7 +25,10 @@ DATA = (
     *("prompt_column", "completion_column", "first_words", "template", "system_prompt", "chat"),
     *("limit", "split", "subset", "revision"),
 )
-SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
+SAMPLING = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("beta", "allowed_tokens", "stop"),
+)
 WITH_MODEL = ("n", "seed", "target_reward", "device", *SAMPLING)
 """Options that mean nothing without --model."""
 

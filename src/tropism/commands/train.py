@@ -163,7 +163,14 @@ def _help(words: Words) -> None:
     show_recipe_help(out, Recipe.from_mapping(mapping))
 
 
-TEXTS = {"demonstrations": "demonstrations", "scored": "texts", "comparisons": "judgements"}
+TEXTS = {
+    "demonstrations": "demonstrations",
+    "scored": "texts",
+    "comparisons": "judgements",
+    "pairs": "pairs",
+    "opinions": "opinions",
+    "episodes": "episodes",
+}
 """What the items are called of methods that do not sample, by what they read."""
 
 
@@ -179,7 +186,8 @@ def _show_dry_run(assembled: Any, recipe: Recipe) -> None:
     if recipe.algorithm.reads == "prompts":
         size = recipe.algorithm.step_size(recipe.prompts_per_step, len(assembled.prompts))
         tokens = size.completions * recipe.sampling.max_new_tokens
-        when = "per step" if recipe.algorithm.on_policy else "before the first step"
+        when = "per step" if size.every == 1 else f"in every {size.every} steps"
+        when = when if recipe.algorithm.on_policy else "before the first step"
         facts += [
             f"prompts: {len(assembled.prompts)}",
             f"completions {when}: {size.completions}",

@@ -11,6 +11,8 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,24 @@ def locate_records(source: Any) -> list[Record]:
         raise DataError(f"{name}: no records")
     if cleaner.replaced:
         logger.warning("%s: replaced %d NUL or lone surrogate characters by U+FFFD", name, cleaner.replaced)
+    remembered = _remembered.get()
+    if remembered is not None:
+        remembered.append((source, records))
     return records
+
+
+_remembered: ContextVar[list[tuple[Any, list[Record]]] | None] = ContextVar("remembered", default=None)
+
+
+@contextmanager
+def remembering() -> Iterator[list[tuple[Any, list[Record]]]]:
+    """A list that gets every source and its records as they are read inside, so that an error can show them."""
+    read: list[tuple[Any, list[Record]]] = []
+    token = _remembered.set(read)
+    try:
+        yield read
+    finally:
+        _remembered.reset(token)
 
 
 class _Cleaner:

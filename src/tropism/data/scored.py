@@ -89,8 +89,18 @@ def _completion(text: EncodedText, eos: Any) -> tuple[int, ...]:
 
 def _reward(record: Record, target: str) -> float:
     """The number in the column of a target."""
-    value = _number_of(record, target)
-    where = f"{record.where}: the column {target!r}"
+    return finite_reward(value_of_target(record, target), f"{record.where}: the column {target!r}")
+
+
+def finite_reward(value: Any, where: str) -> float:
+    """A reward as float.
+
+    Args:
+        where: begins messages.
+
+    Raises:
+        DataError: it is no number, NaN, or too large for float32.
+    """
     if isinstance(value, str):
         raise DataError(
             f"{where} holds the text {shown(value)}; store the reward as a number, without quotes (tables such as .csv"
@@ -111,14 +121,21 @@ def _reward(record: Record, target: str) -> float:
     return number
 
 
-def _number_of(record: Record, target: str) -> Any:
-    """What the column of a target holds, unless there is none or nothing in it."""
+def value_of_target(record: Record, target: str, *, setting: str = "targets") -> Any:
+    """What the column of a target holds, unless there is none or nothing in it.
+
+    Args:
+        setting: where the method names it.
+
+    Raises:
+        DataError: there is no such column, or it is null.
+    """
     if target.split(".")[0] not in record.columns and target not in record.columns:
         near = get_close_matches(target, record.columns, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ";"
         raise DataError(
             f"{record.where}: there is no column {target!r} with a reward{hint} there are: {listed(record.columns)}."
-            " Name the rewards in `targets`, or score the data first: tropism score DATA --reward NAME --out FILE"
+            f" Name the rewards in `{setting}`, or score the data first: tropism score DATA --reward NAME --out FILE"
         )
     if record.columns.get(target, "") is None:
         raise DataError(

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from tropism.evaluation.number_texts import change_text, interval_text
 from tropism.evaluation.plots import (
     Column,
     Series,
@@ -30,14 +31,13 @@ from tropism.evaluation.plots import (
 )
 from tropism.evaluation.reward_model_report import reward_model_section
 from tropism.evaluation.run_folder import RunData, is_finite
+from tropism.evaluation.sampling_table import sampling_table
 from tropism.evaluation.summary import (
     KL_FAR,
     KL_LIMIT,
     SamplePair,
     Summary,
-    change_text,
     compared,
-    interval_text,
     sample_pairs,
     summarise,
     summary_rows,
@@ -121,6 +121,7 @@ def _render(run: RunData) -> str:
         verdict=_verdict(summary) if summary else None,
         cautions=summary.cautions if summary else [] if judged else run.skipped,
         rows=summary_rows(summary) if summary else [],
+        ways=_ways(summary) if summary else None,
         featured=_featured(run) if summary else [],
         pairs=pairs,
         curves=_main_curves(run),
@@ -187,18 +188,27 @@ def _verdict(summary: Summary) -> dict[str, Any]:
     }
 
 
+def _ways(summary: Summary) -> dict[str, Any] | None:
+    """The table with a column per way to sample, of the newest evaluation that is shown; None where there is one."""
+    shown = summary.after or summary.before
+    if not shown.settings:
+        return None
+    labels, rows = sampling_table(shown)
+    return {"step": shown.step, "labels": labels, "rows": rows}
+
+
 def _percent(value: float) -> str:
     return f"{value:.0%}" if math.isfinite(value) else "none"
 
 
-def _featured(run: RunData) -> list[dict[str, str]]:
+def _featured(run: RunData) -> list[dict[str, Any]]:
     """Three pairs that show the range: the largest gain, the median, the smallest."""
     pairs = sample_pairs(run, count=3)
     labels = ("Largest gain", "Median gain", "Smallest gain") if len(pairs) == 3 else ("",) * len(pairs)
     return [{"label": label, **_pair_view(pair)} for label, pair in zip(labels, pairs, strict=True)]
 
 
-def _pair_view(pair: SamplePair) -> dict[str, str]:
+def _pair_view(pair: SamplePair) -> dict[str, Any]:
     def score(value: float) -> str:
         return f"{value:.2f}" if math.isfinite(value) else "unscored"
 
@@ -209,6 +219,7 @@ def _pair_view(pair: SamplePair) -> dict[str, str]:
         "reward_before": score(pair.reward_before),
         "reward_after": score(pair.reward_after),
         "kl_after": f"{pair.kl_after:.1f}" if math.isfinite(pair.kl_after) else "",
+        "others": [(label, _cut(text), score(reward)) for label, (text, reward) in pair.others.items()],
         "level": "low" if not pair.kl_after > KL_LIMIT else "high" if pair.kl_after <= KL_FAR else "extreme",
     }
 

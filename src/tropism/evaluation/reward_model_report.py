@@ -14,10 +14,10 @@ from tropism.evaluation.comparison_files import calibration_curves
 from tropism.evaluation.comparison_numbers import Calibration, ComparisonNumbers, measure
 from tropism.evaluation.comparison_table import ScoredComparison
 from tropism.evaluation.comparison_verdict import best_rule, counts_text, number_rows, verdict
+from tropism.evaluation.number_texts import interval_text
 from tropism.evaluation.plots import Series, line_chart, training_curve
 from tropism.evaluation.run_folder import ComparisonStep, RunData, is_finite
 from tropism.evaluation.statistics import Interval
-from tropism.evaluation.summary import interval_text
 
 SHOWN = 3
 """Comparisons of each sort that are shown."""

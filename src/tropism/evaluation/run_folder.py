@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ _MOST_ROWS = 1_000_000
 _MOST_BYTES = 2**30
 _LONGEST_NAME = 200
 _COLUMNS = ("prompt", "completion", "reward", "length", "sequence_kl", "finish_reason")
+_OTHER = "completion@"
+"""Begins the name of a column with the completions under changed sampling."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,10 @@ class Evaluation:
     finish_reasons: list[str]
     terms: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     """Raw value of each reward term, [N] each, NaN where it had no opinion."""
+    metrics: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    """Metrics of the user, [N] each, NaN where there is no value."""
+    settings: Mapping[str, Evaluation] = field(default_factory=dict)
+    """The same prompts completed under changed sampling, by its label: ``temperature=0.7``."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -210,7 +216,7 @@ def _read_evaluations(folder: Path) -> tuple[list[Evaluation], list[ComparisonSt
             kind, items = comparisons_in(columns, str(path))
             comparisons.append(ComparisonStep(step=step, kind=kind, items=items))
         else:
-            evaluations.append(_evaluation(step, columns, path))
+            evaluations.append(evaluation_in(step, columns, str(path)))
     return evaluations, comparisons, skipped
 
 
@@ -235,15 +241,33 @@ def _read_parquet(path: Path) -> dict[str, list[Any]] | None:
     return columns
 
 
-def _evaluation(step: int, columns: Mapping[str, list[Any]], path: Path) -> Evaluation:
+def evaluation_in(step: int, columns: Mapping[str, list[Any]], where: str) -> Evaluation:
+    """The evaluation that a table holds; columns that end with ``@label`` are those of changed sampling.
+
+    Raises:
+        DataError: a column is missing, or holds something else than numbers.
+    """
+    labels = [name.removeprefix(_OTHER) for name in columns if name.startswith(_OTHER)]
+    settings: dict[str, Evaluation] = {}
+    own = dict(columns)
+    for label in labels:
+        of_label = {name: own.pop(name) for name in list(own) if name.endswith(f"@{label}")}
+        named = {name.removesuffix(f"@{label}"): values for name, values in of_label.items()}
+        settings[label[:_LONGEST_NAME]] = _evaluation(step, {**named, "prompt": columns.get("prompt", [])}, where)
+    return replace(_evaluation(step, own, where), settings=settings)
+
+
+def _evaluation(step: int, columns: Mapping[str, list[Any]], where: str) -> Evaluation:
     missing = [name for name in _COLUMNS if name not in columns]
     if missing:
-        raise DataError(f"{path}: the column {missing[0]!r} is missing; it has {sorted(columns)}")
+        raise DataError(f"{where}: the column {missing[0]!r} is missing; it has {sorted(columns)}")
 
     def floats(name: str) -> NDArray[np.float64]:
-        return _floats(columns[name], f"{path}: the column {name!r:.80}")
+        return _floats(columns[name], f"{where}: the column {name!r:.80}")
 
-    terms = {name.removeprefix("reward/"): floats(name) for name in columns if name.startswith("reward/")}
+    def named(family: str) -> dict[str, NDArray[np.float64]]:
+        return {name.removeprefix(family): floats(name) for name in columns if name.startswith(family)}
+
     return Evaluation(
         step=step,
         prompts=[str(value) for value in columns["prompt"]],
@@ -252,7 +276,8 @@ def _evaluation(step: int, columns: Mapping[str, list[Any]], path: Path) -> Eval
         lengths=floats("length"),
         sequence_kl=floats("sequence_kl"),
         finish_reasons=[str(value)[:_LONGEST_NAME] for value in columns["finish_reason"]],
-        terms=terms,
+        terms=named("reward/"),
+        metrics=named("metric/"),
     )
 
 

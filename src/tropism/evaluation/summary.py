@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tropism.errors import DataError
+from tropism.evaluation.number_texts import change_text, interval_text, number_text
 from tropism.evaluation.run_folder import Evaluation, RunData
 from tropism.evaluation.statistics import Interval, bootstrap_interval, paired_difference
 from tropism.evaluation.text_quality import WordShift, distinct_n, distinct_texts, repetition, risen_words
@@ -55,6 +56,10 @@ class Snapshot:
     """Share of completions by why they ended."""
     terms: Mapping[str, Interval]
     """Raw value of each reward term that scored anything."""
+    metrics: Mapping[str, Interval] = field(default_factory=dict)
+    """Each metric of the user that has a value."""
+    settings: Mapping[str, Snapshot] = field(default_factory=dict)
+    """The same under changed sampling, by its label."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,8 @@ class SamplePair:
     """NaN where unscored."""
     kl_after: float
     """Nats over the whole completion."""
+    others: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+    """Completion and reward after training under changed sampling, by its label."""
 
     @property
     def change(self) -> float:
@@ -88,6 +95,8 @@ class Summary:
     """Paired difference of the reward, over the prompts scored on both sides."""
     term_changes: Mapping[str, Interval]
     """The same for each reward term."""
+    metric_changes: Mapping[str, Interval] = field(default_factory=dict)
+    """The same for each metric of the user."""
     risen: tuple[WordShift, ...]
     """The words whose share grew most."""
     cautions: tuple[str, ...]
@@ -117,6 +126,8 @@ def summarise(run: RunData) -> Summary:
     change = _paired(first.rewards, last.rewards)
     shared_terms = [name for name in after.terms if name in before.terms]
     changes = {name: _paired(first.terms[name], last.terms[name]) for name in shared_terms}
+    measured = [name for name in after.metrics if name in before.metrics]
+    metric_changes = {name: _paired(first.metrics[name], last.metrics[name]) for name in measured}
     shifts = risen_words(first.completions, last.completions, count=10)
     risen = tuple(replace(shift, word=shift.word[:LONGEST_WORD]) for shift in shifts)
     cautions = [
@@ -130,6 +141,7 @@ def summarise(run: RunData) -> Summary:
         after=after,
         change=change,
         term_changes={name: interval for name, interval in changes.items() if interval is not None},
+        metric_changes={name: interval for name, interval in metric_changes.items() if interval is not None},
         risen=risen,
         cautions=tuple(cautions),
     )
@@ -174,6 +186,7 @@ def sample_pairs(run: RunData, *, count: int = 3) -> list[SamplePair]:
             reward_before=float(first.rewards[i]),
             reward_after=float(last.rewards[i]),
             kl_after=float(last.sequence_kl[i]),
+            others={label: (other.completions[i], float(other.rewards[i])) for label, other in last.settings.items()},
         )
         for i in order[ranks].tolist()
     ]
@@ -201,12 +214,17 @@ def summary_rows(summary: Summary) -> list[tuple[str, str, str, str]]:
     ]
     for label, name, form in numbers:
         rows.append(
-            (label, _number(getattr(before, name), form), _number(getattr(after, name), form) if after else "", "")
+            (
+                label,
+                number_text(getattr(before, name), form),
+                number_text(getattr(after, name), form) if after else "",
+                "",
+            )
         )
     reasons = dict.fromkeys([*before.finish_reasons, *(after.finish_reasons if after else ())])
     for reason in reasons:
-        share = _number(after.finish_reasons.get(reason, 0.0), ".1%") if after else ""
-        rows.append((f"ended by {reason}", _number(before.finish_reasons.get(reason, 0.0), ".1%"), share, ""))
+        share = number_text(after.finish_reasons.get(reason, 0.0), ".1%") if after else ""
+        rows.append((f"ended by {reason}", number_text(before.finish_reasons.get(reason, 0.0), ".1%"), share, ""))
     terms = list(dict.fromkeys([*before.terms, *(after.terms if after else ())]))
     for name in terms if len(terms) > 1 else ():  # a single term is the reward itself
         late = interval_text(after.terms.get(name)) if after else ""
@@ -218,38 +236,11 @@ def summary_rows(summary: Summary) -> list[tuple[str, str, str, str]]:
                 change_text(summary.term_changes.get(name)),
             )
         )
+    for name in dict.fromkeys([*before.metrics, *(after.metrics if after else ())]):
+        late = interval_text(after.metrics.get(name)) if after else ""
+        change = change_text(summary.metric_changes.get(name))
+        rows.append((f"metric {name}", interval_text(before.metrics.get(name)), late, change))
     return rows
-
-
-def interval_text(interval: Interval | None) -> str:
-    """``0.67 [0.61, 0.72]``; the mean alone where the interval is unknown or a point, empty for None."""
-    if interval is None:
-        return ""
-    form = f".{_decimals(interval)}f"
-    if not interval.known or interval.low == interval.high:
-        return f"{interval.mean:{form}}"
-    return f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
-
-
-def change_text(interval: Interval | None) -> str:
-    """``+0.56 [+0.48, +0.63]``; the mean alone where the interval is unknown, empty for None."""
-    if interval is None:
-        return ""
-    form = f"+.{_decimals(interval)}f"
-    if not interval.known:
-        return f"{interval.mean:{form}}"
-    return f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
-
-
-def _decimals(interval: Interval) -> int:
-    """Decimals that show about three figures of the largest number."""
-    sizes = [abs(value) for value in (interval.mean, interval.low, interval.high) if math.isfinite(value)]
-    size = max(sizes, default=0.0)
-    return 3 if size < 1 else 2 if size < 10 else 1
-
-
-def _number(value: float, form: str) -> str:
-    return f"{value:{form}}" if math.isfinite(value) else ""
 
 
 def _ends(run: RunData) -> tuple[Evaluation, Evaluation | None, list[str]]:
@@ -307,6 +298,7 @@ def _snapshot(evaluation: Evaluation) -> Snapshot:
     length = float(np.mean(evaluation.lengths))
     reasons = Counter(evaluation.finish_reasons)
     terms = {name: _mean_interval(values) for name, values in evaluation.terms.items()}
+    metrics = {name: _mean_interval(values) for name, values in evaluation.metrics.items()}
     return Snapshot(
         step=evaluation.step,
         prompts=len(evaluation),
@@ -320,6 +312,8 @@ def _snapshot(evaluation: Evaluation) -> Snapshot:
         repetition=repetition(texts, 3),
         finish_reasons={reason: number / len(texts) for reason, number in reasons.most_common()},
         terms={name: interval for name, interval in terms.items() if interval is not None},
+        metrics={name: interval for name, interval in metrics.items() if interval is not None},
+        settings={label: _snapshot(other) for label, other in evaluation.settings.items()},
     )
 
 

@@ -16,6 +16,7 @@ from tropism.models.baked_tokenizer import SlotToken
 from tropism.models.conditioning_files import MARK
 from tropism.models.modules import with_weights
 from tropism.models.policy import Policy
+from tropism.models.q_head_files import MARK as Q_MARK
 from tropism.models.saving import merged_weights, tensors_of
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -45,8 +46,9 @@ def baked_model(
     weights = merged_weights(policy.model) if isinstance(policy.model, PeftModel) else tensors_of(base)
     config = copy.deepcopy(base.config)
     for part in _parts(config):
-        if hasattr(part, MARK):
-            delattr(part, MARK)
+        for mark in (MARK, Q_MARK):
+            if hasattr(part, mark):
+                delattr(part, mark)
         if slots:
             part.tie_word_embeddings = False
     if slots:

@@ -36,6 +36,7 @@ from tropism.models.conditioning_files import SavedConditioning, read_conditioni
 from tropism.models.demo_model import demo_model_path
 from tropism.models.lora import load_adapter, saved_adapter
 from tropism.models.modules import base_model, disable_dropout, with_weights, zero_dropout
+from tropism.models.q_head_files import SavedQHeads, read_q_heads
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,8 @@ class LoadedModel:
     """What it was loaded from; enough to load it again unless it came as objects."""
     conditioning: SavedConditioning | None = None
     """Of a model that can be asked for a reward: how it is told."""
+    q_heads: SavedQHeads | None = None
+    """Of a model that values its tokens (ilql): where its heads are."""
 
 
 ModelSource = str | Path | ModelConfig | LoadedModel | tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]
@@ -121,15 +124,18 @@ def load_model(source: ModelSource) -> LoadedModel:
         model, tokenizer = _load(source)
         name = source.name
         conditioning = read_conditioning(name, base_model(model).config, revision=source.revision)
+        q_heads = read_q_heads(name, base_model(model).config, revision=source.revision)
     else:
         model, tokenizer = _checked_pair(source)
         name = str(getattr(model, "name_or_path", "") or type(model).__name__)
-        conditioning = None
+        conditioning = q_heads = None
         refuse_lost_slots(name, base_model(model).config)
     disable_dropout(model)
     model.eval()
     tokens = special_tokens(model, tokenizer)
-    return LoadedModel(model=model, tokenizer=tokenizer, tokens=tokens, source=name, conditioning=conditioning)
+    return LoadedModel(
+        model=model, tokenizer=tokenizer, tokens=tokens, source=name, conditioning=conditioning, q_heads=q_heads
+    )
 
 
 def special_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:

@@ -1,4 +1,4 @@
-"""The policy: a causal language model, with an optional value head, that answers per completion token."""
+"""The policy: a causal language model, with optional value or Q heads, that answers per completion token."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tropism.errors import ModelError
 from tropism.models.conditioning import RewardSlots
 from tropism.models.emulation import emulates, emulation, rounded
 from tropism.models.heads import ValueHead
+from tropism.models.q_heads import WANTED, QHeads, WantedOfHeads
 from tropism.models.rows import RowsForward, lay_out
 from tropism.models.sampling_model import SamplingModel, SamplingModels
 from tropism.models.sharding import gather, gathered
@@ -24,7 +25,7 @@ from tropism.ops import full_kl, linear_logprobs, token_logprobs
 from tropism.types import first_with_same_prompt
 
 Padding = Literal["right", "left", "both"]
-Wanted = Literal["logprobs", "entropy", "values", "bootstrap_values", "hidden", "reference_kl"]
+Wanted = Literal["logprobs", "entropy", "values", "bootstrap_values", "hidden", "reference_kl"] | WantedOfHeads
 PROBE_TOLERANCE = 1e-3
 CHUNK_BYTES = (256 * 2**20, 24 * 2**20)
 """Logits of one chunk, on accelerators and on the CPU. There larger blocks leave the caches and, above 32 MB, are given
@@ -47,6 +48,14 @@ class PolicyOutput:
     """[B, T, H] what the vocabulary projection reads to predict token t; 0 where not asked for."""
     reference_kl: Tensor | None = None
     """[B, T] exact KL of the distribution that predicts token t from the reference's, over the whole vocabulary."""
+    state_values: Tensor | None = None
+    """[B, T] V before token t, by the Q heads' own V; 0 where not asked for, as all below."""
+    q: Tensor | None = None
+    """[B, T, K] value of token t by each of the K Q heads."""
+    q_logsumexp: Tensor | None = None
+    """[B, T, K] logsumexp of the values of all tokens in the place of token t."""
+    target_q: Tensor | None = None
+    """[B, T] value of token t by the target heads, the least of them; it has no gradient."""
 
     def need(self, name: Wanted) -> Tensor:
         """The tensor of that name; it must have been asked for."""
@@ -87,7 +96,7 @@ class Policy(nn.Module):
 
     Args:
         model: a Hugging Face causal LM, or a PEFT model around one.
-        value_head: None where the method has no critic.
+        value_head: None where the method has no critic. q_heads: None where it has no values of actions.
         conditioning: what answers ids below 0 in prompts (``ops.slots``); None where no reward is asked for.
         chunk_size: completion tokens per pass through the vocabulary projection; None takes what keeps the logits
             within ``CHUNK_BYTES``. Logits of more tokens never exist at once; with gradients the chunks are recomputed
@@ -102,12 +111,13 @@ class Policy(nn.Module):
         model: nn.Module,
         *,
         value_head: ValueHead | None = None,
+        q_heads: QHeads | None = None,
         conditioning: RewardSlots | None = None,
         chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.value_head = value_head
+        self.value_head, self.q_heads = value_head, q_heads
         self.conditioning = conditioning
         self.padding: Padding = "right"
         self.reference_logits: Callable[[Tensor], Tensor] | None = None
@@ -224,7 +234,7 @@ class Policy(nn.Module):
             completion_ids: [B, T] padded on the right. completion_lengths: [B].
             mask: [B, T] bool; log-probs and entropy are computed at these tokens alone.
             temperature: logits are divided by it.
-            want: any of logprobs, entropy, values, bootstrap_values, hidden, reference_kl.
+            want: any field of ``PolicyOutput``.
             entropy_gradient: whether the entropy is trained (an entropy bonus) or only logged.
             reference_hidden: [B, T, H] ``hidden`` of the reference, for reference_kl, whose temperature is always 1.
         """
@@ -244,21 +254,19 @@ class Policy(nn.Module):
         rows, tokens = torch.nonzero(chosen, as_tuple=True)
         # The one shift of the library: the hidden state one column earlier predicts the token.
         at_tokens = flat[place[rows, first[rows] + tokens - 1]]
-        output: dict[str, Tensor] = {}
-
-        def spread(values: Tensor) -> Tensor:
-            return values.new_zeros((*chosen.shape, *values.shape[1:])).index_put((rows, tokens), values)
-
+        taken = completion_ids[rows, tokens]
+        found = {} if WANTED.isdisjoint(want) else self._action_values(at_tokens, taken, want)
         if not {"logprobs", "entropy", "reference_kl"}.isdisjoint(want):
             compared = _at(reference_hidden, rows, tokens).to(at_tokens.dtype) if "reference_kl" in want else None
-            found = self._vocabulary(
-                at_tokens, completion_ids[rows, tokens], temperature, "entropy" in want, entropy_gradient, compared
-            )
-            output |= {name: spread(values) for name, values in found.items()}
+            found |= self._vocabulary(at_tokens, taken, temperature, "entropy" in want, entropy_gradient, compared)
         if "hidden" in want:
-            output["hidden"] = spread(at_tokens)
+            found["hidden"] = at_tokens
         if "values" in want:
-            output["values"] = spread(self._values(at_tokens))
+            found["values"] = self._values(at_tokens)
+        output = {
+            name: values.new_zeros((*chosen.shape, *values.shape[1:])).index_put((rows, tokens), values)
+            for name, values in found.items()
+        }
         if "bootstrap_values" in want:
             after = (first + completion_lengths - 1)[:, None]
             output["bootstrap_values"] = self._values(flat[place.gather(1, after).squeeze(1)])
@@ -273,6 +281,18 @@ class Policy(nn.Module):
     def without_padding(self) -> bool:
         """Whether the forward pass computes real tokens alone, and prompts that rows share once."""
         return self.padding == "right" and self.rows.usable
+
+    @property
+    def followers(self) -> frozenset[str]:
+        """Names of frozen weights that training moves all the same: the targets of the Q heads."""
+        return frozenset(name for name, _ in self.named_parameters() if name.startswith("q_heads.targets."))
+
+    def _action_values(self, hidden: Tensor, ids: Tensor, want: Collection[str]) -> dict[str, Tensor]:
+        if self.q_heads is None:
+            raise ModelError(
+                "values of actions were asked of a policy without Q heads; build it with q_heads=QHeads(...)"
+            )
+        return self.q_heads.at_tokens(hidden, ids, want, chunk_size=self.chunk_size)
 
     def _values(self, hidden: Tensor) -> Tensor:
         if self.value_head is None:

@@ -60,6 +60,15 @@ class SamplingModel:
         head = self.policy.value_head
         return None if head is None else head(hidden)
 
+    @property
+    def values_actions(self) -> bool:
+        """Whether the policy has Q heads."""
+        return self.policy.q_heads is not None
+
+    def advantages(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., V] of the Q heads; the policy must have some."""
+        return self.policy.q_heads.advantages(hidden)  # type: ignore[no-any-return]
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V]."""
         return self.policy.logits(hidden)  # type: ignore[no-any-return]

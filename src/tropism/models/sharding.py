@@ -43,6 +43,7 @@ def shard(policy: Any, *, classes: Collection[str] | None = None) -> None:
     mesh = init_device_mesh(policy.device.type, (dist.get_world_size(),))
     # Heads are fp32 whatever the model is, and the trained weights of one unit need the same type.
     heads = [policy.value_head.linear] if policy.value_head is not None else []
+    heads += policy.q_heads.parts() if policy.q_heads is not None else []
     # All are scattered again after their forward pass: what is left whole after a pass without gradients would be
     # stale once the optimizer has stepped.
     for unit in (*blocks, *heads, policy):

@@ -7,12 +7,19 @@ batch divides. Shapes are checked, never broadcast; a mistake is a ``ValueError`
 
 from __future__ import annotations
 
+from tropism.ops.action_values import taken_and_logsumexp
 from tropism.ops.advantages import GROUP_STD_EPSILON, gae, group_advantages, leave_one_out_advantages
 from tropism.ops.divergences import LOG_RATIO_LIMIT, clamped_fraction, full_kl, kl_k1, kl_k2, kl_k3
 from tropism.ops.importance import effective_sample_size, truncated_importance_weights
 from tropism.ops.logprobs import entropy, tempered, token_logprobs
 from tropism.ops.masking import WHITEN_EPSILON, masked_deviations, masked_mean, masked_sum, masked_whiten
-from tropism.ops.offline_losses import expectile_loss
+from tropism.ops.offline_losses import (
+    advantage_weighted_loss,
+    conservative_loss,
+    expectile_loss,
+    next_action_values,
+    td_targets,
+)
 from tropism.ops.policy_losses import (
     cispo_policy_loss,
     clipped_policy_loss,
@@ -22,7 +29,7 @@ from tropism.ops.policy_losses import (
     sequence_log_ratio,
     sequence_policy_loss,
 )
-from tropism.ops.preference_losses import best_of_k_loss, bradley_terry_loss, dpo_loss
+from tropism.ops.preference_losses import best_of_k_loss, bradley_terry_loss, dpo_loss, kto_loss
 from tropism.ops.rewards import penalised_rewards, score_at_last_token
 from tropism.ops.slots import read_slots, slot_id, without_slots
 from tropism.ops.vocabulary import linear_logprobs
@@ -31,6 +38,7 @@ __all__ = [
     "GROUP_STD_EPSILON",
     "LOG_RATIO_LIMIT",
     "WHITEN_EPSILON",
+    "advantage_weighted_loss",
     "best_of_k_loss",
     "bradley_terry_loss",
     "cispo_policy_loss",
@@ -38,6 +46,7 @@ __all__ = [
     "clipped_policy_loss",
     "clipped_tokens",
     "clipped_value_loss",
+    "conservative_loss",
     "dpo_loss",
     "effective_sample_size",
     "entropy",
@@ -49,18 +58,22 @@ __all__ = [
     "kl_k1",
     "kl_k2",
     "kl_k3",
+    "kto_loss",
     "leave_one_out_advantages",
     "linear_logprobs",
     "masked_deviations",
     "masked_mean",
     "masked_sum",
     "masked_whiten",
+    "next_action_values",
     "penalised_rewards",
     "read_slots",
     "score_at_last_token",
     "sequence_log_ratio",
     "sequence_policy_loss",
     "slot_id",
+    "taken_and_logsumexp",
+    "td_targets",
     "tempered",
     "token_logprobs",
     "truncated_importance_weights",

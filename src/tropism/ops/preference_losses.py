@@ -1,4 +1,4 @@
-"""Losses on choices between completions: reward models (pairs and best of K) and DPO."""
+"""Losses on what people preferred: reward models (pairs and best of K), DPO, and KTO."""
 
 from __future__ import annotations
 
@@ -165,3 +165,46 @@ def dpo_loss(
             return (1 - beta * lead).relu()
         case _:
             raise ValueError(f"variant must be 'sigmoid', 'ipo' or 'hinge', not {variant!r}")
+
+
+def kto_loss(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    liked: Tensor,
+    *,
+    reference_points: Tensor,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """Loss of single completions that were liked or not, by how people value gains and losses.
+
+    r = log pi - log ref
+    liked: w_d (1 - sigmoid(beta (r - z)));  otherwise: w_u (1 - sigmoid(beta (z - r)))  https://arxiv.org/abs/2402.01306
+
+    Args:
+        logprobs: [N] log-prob in nats of each completion, summed over its tokens.
+        ref_logprobs: [N] under the reference.
+        liked: [N] bool.
+        reference_points: [N] z in nats, from which on a completion counts as gained. No gradient goes there.
+        beta: > 0, how strongly the reference holds.
+        desirable_weight: w_d > 0.
+        undesirable_weight: w_u > 0.
+
+    Returns:
+        [N] fp32 losses (fp64 for fp64 inputs), each between 0 and its weight.
+
+    Raises:
+        ValueError: the tensors are not of one shape [N], ``liked`` is not bool, or a number is not positive.
+    """
+    columns = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "liked": liked, "reference_points": reference_points}
+    require_rank(1, **columns)
+    require_same_shape(**columns)
+    require_bool(liked=liked)
+    numbers = {"beta": beta, "desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
+    for name, value in numbers.items():
+        require_positive(name, value)
+    ahead = upcast(logprobs) - upcast(ref_logprobs) - upcast(reference_points.detach())
+    # 1 - sigmoid(x) = sigmoid(-x), which does not round to 0.
+    gained, lost = desirable_weight * (-beta * ahead).sigmoid(), undesirable_weight * (beta * ahead).sigmoid()
+    return torch.where(liked, gained, lost)

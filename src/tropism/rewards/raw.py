@@ -95,36 +95,37 @@ def _sums(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return {name: total[name] for name in COUNTS if total[name]}
 
 
-def checked_values(returned: Any, token_counts: Sequence[int]) -> list[Value]:
+def checked_values(returned: Any, token_counts: Sequence[int | None], *, called: str = "reward") -> list[Value]:
     """What a reward function returned, as one plain value per completion.
 
     Args:
         returned: a list, tuple, array, tensor or iterator with B entries; each a number, bool, 0-d tensor or NumPy
             scalar, None, or a list, tensor or array with one number per token.
-        token_counts: [B] number of tokens of each completion.
+        token_counts: [B] number of tokens of each completion; None where one number alone will do.
+        called: what the values are called in messages.
 
     Raises:
         ReturnError: another type, another number of entries, or an entry that is not a finite number. The message
             says what was returned for which row and what to return; the caller adds function, step and prompt.
     """
     if returned is None:
-        raise ReturnError("returned None; return a list with one reward per completion (is a `return` missing?)")
+        raise ReturnError(f"returned None; return a list with one {called} per completion (is a `return` missing?)")
     if isinstance(returned, _NO_ROWS):
-        raise ReturnError(f"returned a {type(returned).__name__}; return a list with one reward per completion")
+        raise ReturnError(f"returned a {type(returned).__name__}; return a list with one {called} per completion")
     entries, found = _plain(returned), ""
     if not isinstance(entries, (list, tuple)):
         try:
             rest = iter(entries)
         except TypeError:
             raise ReturnError(
-                f"returned a single {type(returned).__name__}; return a list with one reward per completion"
+                f"returned a single {type(returned).__name__}; return a list with one {called} per completion"
             ) from None
         entries = list(itertools.islice(rest, len(token_counts) + 1))  # what is left of it may never end
         found = "more than " * (len(entries) > len(token_counts))
     if len(entries) != len(token_counts):
         found = f"{found}{len(token_counts)}" if found else str(len(entries))
         raise ReturnError(
-            f"returned {found} rewards for {len(token_counts)} completions; return exactly one per completion, "
+            f"returned {found} {called}s for {len(token_counts)} completions; return exactly one per completion, "
             "None where it has no opinion"
         )
     return [
@@ -140,12 +141,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _checked_row(entry: Any, row: int, tokens: int) -> Value:
+def _checked_row(entry: Any, row: int, tokens: int | None) -> Value:
     entry = _plain(entry)
     if entry is None:
         return None
     if not isinstance(entry, (list, tuple)):
         return _checked_number(entry, row, "")
+    if tokens is None:
+        raise RowError(f"returned a list of {len(entry)} for one completion; return one number", row)
     if len(entry) != tokens:
         hint = (
             " If the reward is for the whole completion, return a number, not a list of one." if len(entry) == 1 else ""

@@ -26,6 +26,7 @@ FACTORIES: dict[str, str] = {
     "classifier": "tropism.rewards.classifier:classifier",
     "remote": "tropism.rewards.remote:remote",
     "reward-model": "tropism.rewards.reward_model:reward_model",
+    "randomwalks": "tropism.envs.randomwalks:randomwalks",
 }
 """Name -> where the factory is. Factories are imported when used: some need torch or an optional package."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal, Self, get_args
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self, get_args
 
 Beyond = Literal["stop", "mask", "train"]
 
@@ -61,10 +63,15 @@ class Sampling:
     """Tokens that end a completion, beside the model's eos."""
     truncation: Truncation | None = None
     """A token that ends completions once they have some length; None: there is none."""
+    beta: float = 0.0
+    """Of a model with Q heads (ilql): so much of each token's advantage is added to its logit; 0 leaves it as it is."""
+    allowed_tokens: str | None = None
+    """A JSON file {token: [tokens that may follow it]}; no other token is sampled. None: every token may follow."""
     batch_size: int = 64
     """Most rows decoded at once; as rows end, waiting prompts take their place."""
 
     def __post_init__(self) -> None:
+        refuse_sweep({f.name: getattr(self, f.name) for f in fields(self)})
         checks = {
             "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
             "min_new_tokens must lie between 0 and max_new_tokens": 0 <= self.min_new_tokens <= self.max_new_tokens,
@@ -75,6 +82,8 @@ class Sampling:
             "repetition_penalty must be positive": self.repetition_penalty > 0,
             "stop strings must not be empty": all(self.stop),
             "batch_size must be at least 1": self.batch_size >= 1,
+            "beta must be 0 (off) or positive and finite": 0 <= self.beta < math.inf,
+            "allowed_tokens is empty; name a JSON file, or leave it out": self.allowed_tokens != "",
         }
         for message, holds in checks.items():
             if not holds:
@@ -129,3 +138,18 @@ class Sampling:
         if truncation is not None:
             truncation = replace(truncation, after=min(truncation.after, new - 1))
         return replace(self, max_new_tokens=new, min_new_tokens=min(new, self.min_new_tokens), truncation=truncation)
+
+
+def refuse_sweep(settings: Mapping[str, Any]) -> None:
+    """Refuse a list where one value belongs: a run samples with one value of each field.
+
+    Raises:
+        ValueError: says where several are listed.
+    """
+    for name, value in settings.items():
+        if name not in ("stop", "stop_token_ids") and isinstance(value, list | tuple):
+            changes = ", ".join(f"{{{name}: {one}}}" for one in value[:3]) + ", ..." * (len(value) > 3)
+            raise ValueError(
+                f"sampling.{name} is a list, and a run samples with one value. To evaluate at several, give one here "
+                f"and list the others: trainer: {{evaluation: {{sampling: [{changes:.200}]}}}}"
+            )

@@ -27,6 +27,7 @@ from tropism.rollouts.ends import Ends
 from tropism.rollouts.kv_cache import SlabCache
 from tropism.rollouts.protocol import Capabilities, FilterContext, GeneratingPolicy, LogitFilter, SamplingModel
 from tropism.rollouts.randomness import StreamKey
+from tropism.rollouts.sampling_filters import filters_of
 from tropism.types import FinishReason, Prompt, Rollouts, pad_rows
 
 SLACK = 32
@@ -114,7 +115,8 @@ class EmbeddedSampler:
         rows = [_Row(index=i * n + j, prefixes=prefix) for i, prefix in enumerate(prefixes) for j in range(n)]
         ends = Ends.of(sampling, self.eos_ids, self.tokenizer)
         with policy.for_sampling() as model:
-            _Decoder(policy, model, rows, sampling, key, first_index, filters, ends).run()
+            own = filters_of(sampling, model, self.tokenizer, self.eos_ids, vocabulary)
+            _Decoder(policy, model, rows, sampling, key, first_index, (*own, *filters), ends).run()
         return _collect(rows, sampling, ends)
 
 

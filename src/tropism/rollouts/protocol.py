@@ -70,6 +70,15 @@ class SamplingModel(Protocol):
         """[..., H] -> [...] of the critic; None where there is none."""
         ...
 
+    @property
+    def values_actions(self) -> bool:
+        """Whether the policy says what each token is worth."""
+        ...
+
+    def advantages(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., V] what each token is worth beyond its state, where ``values_actions`` is true."""
+        ...
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V]."""
         ...

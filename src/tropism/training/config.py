@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
@@ -37,10 +37,16 @@ class EvaluationConfig:
 
     every: int | None = None
     """Evaluate after this many steps; None: before the first and after the last step only."""
+    sampling: tuple[dict[str, Any], ...] = ()
+    """Changes to the recipe's sampling, such as ``{temperature: 0.7}``: the prompts are answered once more with each
+    of them, by the same randomness."""
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 1:
             raise ValueError("every must be at least 1, or None for before and after only")
+        if not isinstance(self.sampling, (list, tuple)):
+            raise ValueError("sampling must be a list of changes to the recipe's sampling: [{temperature: 0.7}]")
+        object.__setattr__(self, "sampling", tuple(self.sampling))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,6 +74,11 @@ class Load:
     """Layers that gradients pass through."""
     gradient_checkpointing: bool = False
     value_heads: int = 0
+    """Numbers per token that heads keep for their backward pass, in multiples of the hidden size."""
+    head_weights: int = 0
+    """The part of ``weights`` that is heads and their targets, and so in no layer."""
+    head_trained: int = 0
+    """The part of ``trained`` that is heads: no setting lowers it."""
     update_tokens: int
     """All tokens of one optimizer step on this device, prompts included."""
     row_tokens: int
@@ -309,13 +314,14 @@ def _changes(architecture: Architecture, load: Load) -> list[tuple[str, Load]]:
 def _body(architecture: Architecture, load: Load) -> int:
     """Bytes of the layers, without the embeddings."""
     embedding = architecture.vocabulary * architecture.hidden_size * load.weight_size
-    return max(load.weights - embedding, 0)
+    return max(load.weights - embedding - load.head_weights, 0)
 
 
 def _with_layers(architecture: Architecture, load: Load, layers: int) -> Load:
     share = layers / architecture.layers
-    trained = min(load.trained, round(_body(architecture, load) * share))
-    reference = min(load.reference, trained)
+    layers_trained = round(_body(architecture, load) * share)
+    trained = min(load.trained, layers_trained + load.head_trained)
+    reference = min(load.reference, layers_trained)
     largest = min(load.largest, trained)
     kept = load.packed - round(load.packed * share)
     return replace(load, trained=trained, reference=reference, largest=largest, trained_layers=layers, packed_kept=kept)
@@ -330,8 +336,8 @@ def _with_lora(architecture: Architecture, load: Load, rank: int = 16) -> Load:
     return replace(
         load,
         weights=load.weights + trained,
-        trained=trained,
-        largest=0,
+        trained=trained + load.head_trained,
+        largest=min(load.largest, load.head_trained),
         reference=0,
         adapter_rank=rank,
         merges=_body(architecture, load),

@@ -182,6 +182,8 @@ def rows_of(
     """
     if config.reads == "comparisons":
         return _rows_of_comparisons(items, prompts_per_step)
+    if config.reads == "pairs":
+        return _rows_of_pairs(items, prompts_per_step)
     if config.reads != "prompts":
         return _rows_of_texts(items, prompts_per_step, before)
     lengths, new = [before + len(prompt.ids) for prompt in items], sampling.max_new_tokens
@@ -211,6 +213,19 @@ def _rows_of_texts(texts: Sequence[Any], batch_size: int, before: int) -> Rows:
     )
 
 
+def _rows_of_pairs(pairs: Sequence[Any], batch_size: int) -> Rows:
+    """A pair is computed whole, its prompt once for each completion."""
+    prompts = [len(pair.prompt_ids) for pair in pairs]
+    completions = [len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs]
+    lengths = [2 * prompt + both for prompt, both in zip(prompts, completions, strict=True)]
+    return Rows(
+        count=batch_size,
+        mean_tokens=sum(lengths) / len(lengths),
+        longest_tokens=max(lengths),
+        trained_share=sum(completions) / sum(lengths),
+    )
+
+
 def _rows_of_comparisons(items: Sequence[Any], batch_size: int) -> Rows:
     """An item is computed whole, so that all of its texts make one row."""
     lengths = [max(map(len, item.ids)) * len(item.ids) for item in items]
@@ -228,6 +243,9 @@ def load_of(policy: Any, reference: Any, rows: Rows, trainer: TrainerConfig, *, 
         processes: each takes its share of the rows.
     """
     frozen = getattr(reference, "frozen", None)
+    q_heads = getattr(policy, "q_heads", None)
+    # A head keeps its inner layer, of twice the width; what they all read counts once.
+    of_heads = [] if q_heads is None else list(q_heads.parameters())
     weights, trained = _storages(_tensors(policy)), [p for p in policy.parameters() if p.requires_grad]
     of_reference = {} if frozen is None else _storages(_tensors(frozen))
     weight_size = policy.dtype.itemsize
@@ -250,7 +268,9 @@ def load_of(policy: Any, reference: Any, rows: Rows, trainer: TrainerConfig, *, 
         adapter_rank=max((max(m.r.values()) for m in adapted if isinstance(getattr(m, "r", None), dict)), default=0),
         trained_layers=_trained_layers(policy),
         gradient_checkpointing=policy.recomputes_activations,
-        value_heads=int(policy.value_head is not None),
+        value_heads=int(policy.value_head is not None) + (0 if q_heads is None else 3 + 2 * len(q_heads.q)),
+        head_weights=_bytes(of_heads),
+        head_trained=_bytes(p for p in of_heads if p.requires_grad),
         update_tokens=round(-(-rows.count // processes) * rows.mean_tokens),
         row_tokens=rows.longest_tokens,
         trained_share=rows.trained_share,
@@ -270,6 +290,10 @@ def load_of(policy: Any, reference: Any, rows: Rows, trainer: TrainerConfig, *, 
             3 * sum(p.numel() * p.element_size() for p in trained) if sharded else 0,
         ),
     )
+
+
+def _bytes(parameters: Iterable[Tensor]) -> int:
+    return sum(_here(p).numel() * p.element_size() for p in parameters)
 
 
 def _tensors(module: nn.Module) -> Iterable[Tensor]:

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tropism.algorithms.base import CollectStats, PoolAlgorithm, PoolPlan, Scorer
+from tropism.algorithms.base import CollectStats, Scorer
+from tropism.algorithms.pool import PoolAlgorithm, PooledText, PoolPlan
 from tropism.data.order import PromptStream, epoch_order
-from tropism.errors import ConfigError
+from tropism.errors import ConfigError, ModelError
 from tropism.rollouts.randomness import StreamKey
 from tropism.training.finite import require_finite
 from tropism.training.rollout_maker import RolloutMaker
@@ -55,9 +56,10 @@ class ScoredSource(TextSource[ScoredText]):
 
 
 class PoolSource:
-    """A pool of the policy's own completions with their rewards, which grows once or in every step.
+    """A pool of the policy's own completions with their rewards, which grows once or time and again.
 
-    Its state is the pool, the position in the prompts, and the cursor in the batches of a step.
+    Its state is the pool, the position in the prompts, and the cursor in the batches of a step. What the method chooses
+    of the pool follows from these.
 
     Args:
         names: of the rewards that the pool keeps: terms, or ``reward`` for their total.
@@ -81,7 +83,9 @@ class PoolSource:
         self.total_steps, self.on_collect = total_steps, on_collect
         self.prompts, self.prompts_per_step = prompts, prompts_per_step
         self.stream = PromptStream(prompts, seed=maker.seed)
-        self.pool: list[ScoredText] = []
+        self.pool: list[PooledText] = []
+        self.chosen: Sequence[int] = ()
+        """Places in the pool of what the step in progress, or the last one, learns from."""
         self.collects = 0
         self.cursor: int | None = None
         """Batches of this step that were given out; None between steps."""
@@ -91,76 +95,97 @@ class PoolSource:
 
     @property
     def done(self) -> bool:
-        return self.cursor is None or self.cursor >= self.plan.updates
+        return self.cursor is None or self.cursor >= self.updates
+
+    @property
+    def updates(self) -> int:
+        """Batches of the step in progress; a single one where there is nothing to learn."""
+        if not self.chosen:
+            return 1
+        if self.plan.updates is not None:
+            return self.plan.updates
+        return -(-self.plan.epochs * len(self.chosen) // self.plan.batch_size)
 
     def collect(self, policy: Any) -> Iterator[Batch]:
         """The remaining batches of the step in progress, or all of a new one."""
         if self.cursor is None:
-            collected = None if self.plan.once and self.pool else self._grown()
+            collected = self._begun()
             self.cursor = 0
             if collected is not None:
                 self.on_collect(collected)
         while not self.done:
             assert self.cursor is not None
-            place = (self.collects * self.plan.updates + self.cursor) * self.plan.batch_size
             self.cursor += 1
-            yield self._batch(place)
+            yield self._batch(self.cursor - 1)
 
-    def _grown(self) -> Collected:
-        """What came into the pool; where that fails or is interrupted, it is as if this step had not begun."""
-        stream, pool = self.stream.state_dict(), list(self.pool)
+    def _begun(self) -> Collected | None:
+        """What comes into the pool, and what is learned from; where either fails or is interrupted, it is as if this
+        step had not begun."""
+        stream, pool, chosen, sampled = self.stream.state_dict(), list(self.pool), self.chosen, self.sampled
+        due = not self.pool if self.plan.once else self.collects % self.plan.every == 0
         try:
-            return self._grow()
+            collected = self._grow() if due else None
+            self.chosen = self.algorithm.choose(self.pool, self.collects)
         except BaseException:
             self.stream.load_state_dict(stream)
             self._keep(pool)
+            self.chosen, self.sampled = chosen, sampled
             raise
+        return collected
 
-    def _batch(self, place: int) -> Batch:
-        """The texts from ``place`` on, counted from the start of the run."""
+    def _batch(self, cursor: int) -> Batch:
+        """One batch of this step, by its number; where nothing was chosen a text of which nothing is learned."""
         # A pool that grows is dealt anew in every step.
         era = 0 if self.plan.once else self.collects
-        begin = era * self.plan.updates * self.plan.batch_size
-        chosen = []
-        for number in range(place - begin, place - begin + self.plan.batch_size):
-            epoch, offset = divmod(number, len(self.pool))
-            chosen.append(self._order(era, epoch)[offset])
-        drawn = uniforms(self.maker.seed, "dropout", place, len(chosen), len(self.names))
-        return self.algorithm.make_batch([self.pool[i] for i in chosen], chosen, drawn, self.reference)
+        dealt, first = self._dealt(cursor)
+        places = [] if self.chosen else [0]
+        for number in dealt:
+            epoch, offset = divmod(number, len(self.chosen))
+            places.append(self.chosen[self._order(era, epoch)[offset]])
+        conditioner = self.algorithm.facts.conditioner
+        drawn = uniforms(self.maker.seed, "dropout", first, len(places), 0 if conditioner is None else len(self.names))
+        batch = self.algorithm.make_batch([self.pool[i] for i in places], places, drawn, self.reference)
+        return batch if self.chosen else batch.emptied()
+
+    def _dealt(self, cursor: int) -> tuple[range, int]:
+        """The numbers of a batch's texts, counted from where the pool was last dealt, and a number for the first of
+        them that no other batch of the run has."""
+        plan = self.plan
+        if plan.updates is None or not self.chosen:
+            total, parts = plan.epochs * len(self.chosen), self.updates
+            begin = cursor * total // parts
+            return range(begin, (cursor + 1) * total // parts), (self.collects << 32) + begin
+        place = (self.collects * plan.updates + cursor) * plan.batch_size
+        begin = place if plan.once else cursor * plan.batch_size
+        return range(begin, begin + plan.batch_size), place
 
     def _order(self, era: int, epoch: int) -> list[int]:
-        """Of the pool; of a large one it takes longer than a batch, so the last is kept."""
-        key = (era, epoch, len(self.pool))
+        """Of what is learned from; of a large pool it takes longer than a batch, so the last is kept."""
+        key = (era, epoch, len(self.chosen))
         if self._ordered[0] != key:
-            self._ordered = key, epoch_order(len(self.pool), seed=self.maker.seed, epoch=era * 1000 + epoch)
+            self._ordered = key, epoch_order(len(self.chosen), seed=self.maker.seed, epoch=era * 1000 + epoch)
         return self._ordered[1]
 
     def _grow(self) -> Collected:
         watch = Stopwatch()
         with watch.measure("rollout"):
-            if self.plan.once:
-                prompts: Sequence[Prompt] = self.prompts
-            else:
-                prompts = [prompt for _, prompt in self.stream.take(self.prompts_per_step)]
-            drawn = uniforms(self.maker.seed, "targets", self.collects * self.prompts_per_step, len(prompts), 1)
-            asked = self.algorithm.ask(drawn[:, 0])
-            conditioner = self.algorithm.conditioner
-            preceded = [
-                replace(prompt, ids=conditioner.apply(prompt.ids, prefix))
-                for prompt, prefix in zip(prompts, asked, strict=True)
-            ]
-            rollouts = self.maker.sample(preceded, self.plan.per_prompt, collect=self.collects)
-        per_row = [prompt for prompt in prompts for _ in range(self.plan.per_prompt)]
+            taken = [*enumerate(self.prompts)] if self.plan.once else self.stream.take(self.prompts_per_step)
+            prompts = self._asking([prompt for _, prompt in taken])
+            rollouts = self.maker.sample(prompts, self.plan.per_prompt, collect=self.collects)
+        origins = [one for one in taken for _ in range(self.plan.per_prompt)]
+        per_row = [prompt for _, prompt in origins]
         state = {"step": self.collects, "total_steps": self.total_steps}
         with watch.measure("reward"):
             inputs, rewards = self.maker.score(rollouts, per_row, state, raw=True)
         require_finite(
             {"the reward": rewards.totals}, f"at step {self.collects + 1}, before its first update; nothing is changed"
         )
-        added = self._texts(rollouts, rewards, per_row)
-        if not self.pool and not added:
+        added = self._texts(rollouts, rewards, origins)
+        oldest = -1 if self.plan.memory is None else self._growth - self.plan.memory + 1
+        pool = [*(text for text in self.pool if text.growth >= oldest), *added]
+        if not pool:
             raise ConfigError("no completion got a reward, so there is nothing to learn from; see the reward's errors")
-        self._keep([*self.pool, *added])
+        self._keep(pool)
         noted = self.algorithm.take_scores([text.rewards for text in self.pool])
         self.sampled = CollectStats(samples=len(rollouts), tokens=int(rollouts.completion_lengths.sum()))
         seconds = watch.take("rollout")
@@ -170,7 +195,7 @@ class PoolSource:
             inputs=inputs,
             rewards=rewards,
             batch=None,
-            metrics=rollout_metrics(rollouts, rewards) | self._metrics() | noted,
+            metrics=rollout_metrics(rollouts, rewards) | self._of_groups(rewards) | self._metrics() | noted,
             timings={
                 "time/rollout": seconds,
                 "time/reward": watch.take("reward"),
@@ -178,20 +203,51 @@ class PoolSource:
             },
         )
 
-    def _texts(self, rollouts: Rollouts, rewards: RewardBatch, prompts: Sequence[Prompt]) -> list[ScoredText]:
-        """The completions that every reward has scored, after their plain prompts."""
+    @property
+    def _growth(self) -> int:
+        """The number of the growth in this step."""
+        return 0 if self.plan.once else self.collects // self.plan.every
+
+    def _asking(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        """The prompts after what asks for rewards, where the method asks for any."""
+        conditioner = self.algorithm.facts.conditioner
+        if conditioner is None:
+            return prompts
+        drawn = uniforms(self.maker.seed, "targets", self.collects * self.prompts_per_step, len(prompts), 1)
+        return [
+            replace(prompt, ids=conditioner.apply(prompt.ids, prefix))
+            for prompt, prefix in zip(prompts, self.algorithm.ask(drawn[:, 0]), strict=True)
+        ]
+
+    def _texts(
+        self, rollouts: Rollouts, rewards: RewardBatch, origins: Sequence[tuple[int, Prompt]]
+    ) -> list[PooledText]:
+        """The completions that every reward has scored, after their plain prompts.
+
+        Args:
+            origins: of each, the prompt and its place in the data.
+        """
         columns = [rewards.totals if name == TOTAL else rewards.terms[name] for name in self.names]
         table = torch.stack(columns, dim=1).double()
         known = rewards.scored & table.isfinite().all(1) & (rollouts.completion_lengths > 0)
         ids = [row[:n] for row, n in zip(rollouts.completion_ids, rollouts.completion_lengths.tolist(), strict=True)]
         return [
-            ScoredText(
-                prompt_ids=prompts[place].ids,
+            PooledText(
+                prompt_ids=origins[place][1].ids,
                 completion_ids=tuple(ids[place].tolist()),
                 rewards=tuple(table[place].tolist()),
+                prompt=origins[place][0],
+                growth=self._growth,
             )
             for place in torch.nonzero(known).squeeze(-1).tolist()
         ]
+
+    def _of_groups(self, rewards: RewardBatch) -> Metrics:
+        """Of methods that compare the completions of a prompt: the share of prompts with nothing to compare."""
+        if self.algorithm.facts.conditioner is not None or self.plan.per_prompt < 2:
+            return {}
+        groups = rewards.totals.view(-1, self.plan.per_prompt)
+        return {"reward/zero_variance_groups": float((groups.amax(1) == groups.amin(1)).float().mean())}
 
     def _metrics(self) -> Metrics:
         table = torch.tensor([text.rewards for text in self.pool], dtype=torch.float64)
@@ -207,7 +263,7 @@ class PoolSource:
 
     # State -----------------------------------------------------------------------------------------------------------
 
-    def _keep(self, pool: list[ScoredText]) -> None:
+    def _keep(self, pool: list[PooledText]) -> None:
         """Take a pool, and lay it out as tensors once, since the state is asked for after every update."""
         self.pool = pool
         self._tensors = {}
@@ -218,6 +274,8 @@ class PoolSource:
                 "completion_ids": pad_rows([text.completion_ids for text in pool]),
                 "completion_lengths": torch.tensor([len(text.completion_ids) for text in pool]),
                 "rewards": torch.tensor([text.rewards for text in pool], dtype=torch.float64),
+                "prompts": torch.tensor([text.prompt for text in pool]),
+                "growths": torch.tensor([text.growth for text in pool]),
             }
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -232,22 +290,32 @@ class PoolSource:
         return values, self._tensors
 
     def load_state_dict(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        if tensors and "prompts" not in tensors:
+            raise ModelError(
+                "the checkpoint was written by an earlier version, which did not note the prompts of its pool; finish "
+                "the run with that version, or start a new one"
+            )
         self.stream.load_state_dict(values["stream"])
         self.collects, self.cursor = int(values["collects"]), values["cursor"]
         self.sampled = CollectStats(**values["sampled"])
         self._keep(_texts_of(tensors) if tensors else [])
         if self.pool:
             self.algorithm.take_scores([text.rewards for text in self.pool])
+        if self.cursor is not None:
+            self.chosen = self.algorithm.choose(self.pool, self.collects)
 
 
-def _texts_of(tensors: Mapping[str, Tensor]) -> list[ScoredText]:
+def _texts_of(tensors: Mapping[str, Tensor]) -> list[PooledText]:
     def rows(name: str) -> list[tuple[int, ...]]:
         lengths = tensors[f"{name}_lengths"].tolist()
         return [tuple(row[:n]) for row, n in zip(tensors[f"{name}_ids"].tolist(), lengths, strict=True)]
 
+    columns = (tensors[name].tolist() for name in ("rewards", "prompts", "growths"))
     return [
-        ScoredText(prompt_ids=prompt, completion_ids=completion, rewards=tuple(rewards))
-        for prompt, completion, rewards in zip(
-            rows("prompt"), rows("completion"), tensors["rewards"].tolist(), strict=True
+        PooledText(
+            prompt_ids=prompt_ids, completion_ids=completion_ids, rewards=tuple(rewards), prompt=prompt, growth=growth
+        )
+        for prompt_ids, completion_ids, rewards, prompt, growth in zip(
+            rows("prompt"), rows("completion"), *columns, strict=True
         )
     ]

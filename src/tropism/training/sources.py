@@ -16,6 +16,7 @@ from tropism.data.order import PromptStream, epoch_order
 from tropism.errors import ConfigError
 from tropism.judgements import ComparisonBatch
 from tropism.ops import kl_k1
+from tropism.preferences import PairBatch
 from tropism.training.correction import sampling_correction
 from tropism.training.finite import require_finite
 from tropism.training.rollout_maker import RolloutMaker
@@ -301,7 +302,7 @@ class TextSource(ABC, Generic[T]):
         self.seen = CollectStats(samples=0, tokens=0)
 
     @abstractmethod
-    def batch_of(self, taken: Sequence[tuple[int, T]], first: int) -> Batch | ComparisonBatch:
+    def batch_of(self, taken: Sequence[tuple[int, T]], first: int) -> Batch | ComparisonBatch | PairBatch:
         """What is made of texts.
 
         Args:
@@ -309,7 +310,7 @@ class TextSource(ABC, Generic[T]):
             first: how many were taken before them, over all epochs.
         """
 
-    def collect(self, policy: Any) -> Iterator[Batch | ComparisonBatch]:
+    def collect(self, policy: Any) -> Iterator[Batch | ComparisonBatch | PairBatch]:
         first = self.stream.position
         batch = self.batch_of(self.stream.take(self.batch_size), first)
         self.seen = CollectStats(samples=len(batch), tokens=int(batch.loss_mask.sum()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -19,12 +19,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def trainable_state(policy: nn.Module) -> dict[str, Tensor]:
-    """The weights that training changes, by name.
+    """The weights that training changes, by name; with them frozen ones that follow others.
 
     Sharded ones are gathered one by one: all processes call this together, and the first alone gets them.
     """
     _scatter(policy)
-    return _gathered((name, p.detach()) for name, p in policy.named_parameters() if p.requires_grad)
+    return _gathered((name, p.detach()) for name, p in _changed(policy))
 
 
 def load_trainable_state(policy: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -34,7 +34,7 @@ def load_trainable_state(policy: nn.Module, tensors: Mapping[str, Tensor]) -> No
         ModelError: the names are not those of this policy.
     """
     _scatter(policy)
-    own = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    own = dict(_changed(policy))
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
         raise ModelError(
@@ -44,6 +44,12 @@ def load_trainable_state(policy: nn.Module, tensors: Mapping[str, Tensor]) -> No
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(_laid_out_as(parameter, tensors[name]))
+
+
+def _changed(policy: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What training changes: what has gradients, and what a policy names as its ``followers``."""
+    followers: frozenset[str] = getattr(policy, "followers", frozenset())
+    return ((name, p) for name, p in policy.named_parameters() if p.requires_grad or name in followers)
 
 
 def optimizer_state(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
