@@ -66,3 +66,13 @@ def test_detours_are_resolved_and_said(
         with caplog.at_level(logging.WARNING, "tropism"):
             assert recipe(given).run == str(tmp_path / meant)
         assert f"the run folder {given} is {tmp_path / meant}" in caplog.text
+
+
+@pytest.mark.parametrize("keeping", [{"use_best": True}, {"patience": 2}])
+def test_the_best_by_a_reward_needs_a_reward(keeping: dict[str, object]) -> None:
+    recipe = {"model": "demo", "algorithm": "sft", "data": "texts.txt", "trainer": {"checkpoints": keeping}}
+    with pytest.raises(ConfigError, match="best_metric is eval/reward, and there is no reward; set it to eval/loss"):
+        Recipe.from_mapping(recipe)
+    told = {**keeping, "best_metric": "eval/loss", "best_mode": "min"}
+    Recipe.from_mapping({**recipe, "trainer": {"checkpoints": told}})
+    Recipe.from_mapping({**recipe, "reward": "vader"})

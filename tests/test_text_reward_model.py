@@ -132,3 +132,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 def test_it_is_public() -> None:
     assert "TextRewardModel" in tropism.__all__ and tropism.TextRewardModel is TextRewardModel
+
+
+def test_prompts_of_another_kind_are_refused() -> None:
+    model, tokenizer = tiny_reward_model("llama")
+    with pytest.raises(ConfigError, match="prompts: expected a text, chat messages or a list of them, not None"):
+        TextRewardModel(model, tokenizer, FACTS).score(None, ["a"])  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ LABELS = {
 FEW = 50
 """Fewer comparisons than this say little."""
 CLOSE, ROUGH = 0.05, 0.1
-"""Calibration errors, less what chance makes, up to which probabilities may be taken as they are, or as rough ones."""
+"""Calibration errors, less what chance makes, up to which probabilities are close, or rough."""
 
 
 @dataclass(frozen=True, kw_only=True)
