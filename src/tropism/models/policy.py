@@ -99,8 +99,8 @@ class Policy(nn.Module):
         value_head: None where the method has no critic. q_heads: None where it has no values of actions.
         conditioning: what answers ids below 0 in prompts (``ops.slots``); None where no reward is asked for.
         chunk_size: completion tokens per pass through the vocabulary projection; None takes what keeps the logits
-            within ``CHUNK_BYTES``. Logits of more tokens never exist at once; with gradients the chunks are recomputed
-            in the backward pass.
+            within ``CHUNK_BYTES``. With gradients the chunks are recomputed in the backward pass, unless all logits fit
+            into ``ops.vocabulary.KEPT_BYTES``; otherwise logits of more tokens never exist at once.
 
     Raises:
         ModelError: the family computes its logits in a way that cannot be reproduced from its hidden states.
