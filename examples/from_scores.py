@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tropism.data.readers import read_records
+from tropism.errors import TropismError
 
 Rows = list[dict[str, Any]]
 
@@ -65,7 +66,10 @@ def write(scored: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Data for SFT, DPO and KTO from completions with rewards")
     parser.add_argument("scored", type=Path, help="a .jsonl file of tropism score")
-    write(parser.parse_args().scored)
+    try:
+        write(parser.parse_args().scored)
+    except TropismError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 import tropism
 from tiny_models import tiny_model, tiny_tokenizer
 from tiny_runs import METHODS, Setting, assemble, assert_same, early_letters, execute, logged, weights_of
-from tropism.errors import ConfigError, RewardError
+from tropism.errors import ConfigError, DataError, RewardError
 from tropism.evaluation.run_folder import RunData
 from tropism.training.config import EvaluationConfig
 
@@ -235,3 +235,13 @@ def test_a_run_goes_on_with_other_ways_to_sample(tmp_path: Path) -> None:
     whole = execute(assemble(GRPO, tmp_path / "whole", **{**changes, "total_steps": 2}))
     resumed = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-2])
     assert resumed == logged(tmp_path / "whole", "update")[-1] and whole
+
+
+@pytest.mark.parametrize("given", ["data", "eval_data"])
+def test_a_file_that_is_not_there_is_missed_before_the_model_is_loaded(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tropism.build.policy_of", lambda _: pytest.fail("the model was loaded"))
+    sources: dict[str, Any] = {"data": ["a"], "eval_data": ["b"], given: str(tmp_path / "missing.jsonl")}
+    with pytest.raises(DataError, match=r"missing\.jsonl.*no such file"):
+        tropism.train(model="demo", algorithm=tropism.GRPO(), reward=lambda completions: [], run=None, **sources)

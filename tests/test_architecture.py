@@ -74,6 +74,7 @@ COMPOSERS = {
     "scoring",
     "sweeps",
     "text_reward_model",
+    "tokenizer_of",
 }
 
 EXCEPTIONS: dict[str, set[str]] = {

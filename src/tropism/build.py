@@ -14,6 +14,7 @@ from peft import PeftModel
 
 from tropism.config import Recipe, free_run, resume_command
 from tropism.data.expected_records import expecting
+from tropism.data.readers import require_there
 from tropism.errors import ConfigError, TropismError
 from tropism.evaluation.report import write_report
 from tropism.generation import TextPolicy, save_policy
@@ -113,6 +114,8 @@ class Assembly:
         if resume and recipe.run is None:
             raise ConfigError("to resume, name the run: run='runs/<name>' (tropism train --resume runs/<name>)")
         self.recipe = recipe
+        for data in (recipe.data, recipe.eval_data):
+            require_there(data)
         config = recipe.algorithm
         self.processes = Processes(accelerator_for(recipe), interrupts)
         self.processes.leave_talking_to_main()

@@ -34,7 +34,7 @@ class ScoredFile:
             belong to something else.
 
     Raises:
-        ConfigError: another kind of file, a folder that is not there, or a file that is there already.
+        ConfigError: another kind of file, a folder, or a file that is there already.
     """
 
     def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -44,9 +44,11 @@ class ScoredFile:
         self._total = self.done = 0
         if self.path.suffix not in SUFFIXES:
             raise ConfigError(f"{self.path}: name a .jsonl or .parquet file to write")
-        if self.path.is_dir() or not self.path.parent.is_dir():
-            what = "is a folder" if self.path.is_dir() else f"cannot be written: there is no folder {self.path.parent}"
-            raise ConfigError(f"{self.path} {what}; name a file in a folder that is there")
+        if self.path.is_dir():
+            raise ConfigError(f"{self.path} is a folder; name a .jsonl or .parquet file to write")
+        above = next(folder for folder in self.path.absolute().parents if folder.exists())
+        if not above.is_dir():
+            raise ConfigError(f"{self.path} cannot be written, as {above} is a file; name a file in a folder")
         if self.path.exists() and not overwrite:
             raise ConfigError(f"{self.path} is there already; name another file, or replace it with --overwrite")
 
@@ -69,6 +71,7 @@ class ScoredFile:
             self.done = self._cut(group)
             return
         with writing(self._partial):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._partial.unlink(missing_ok=True)
         write_whole(self._state, json.dumps(state, indent=1).encode())
 

@@ -22,11 +22,8 @@ from tropism.data.order import fingerprint
 from tropism.data.prompts import make_prompts
 from tropism.data.readers import Record, locate_records
 from tropism.data.scored import FINISH_REASON
-from tropism.errors import ConfigError, DataError, ModelError, RewardError
-from tropism.foreign.pretrained import configuration, load_tokenizer
-from tropism.foreign.view import model_view
-from tropism.generation import TextPolicy, model_path
-from tropism.models.loading import DEMO, load_model
+from tropism.errors import ConfigError, DataError, RewardError
+from tropism.generation import TextPolicy
 from tropism.recipe_identity import reward_sources, weights_fingerprint
 from tropism.rewards import RewardConfig, RewardHarness
 from tropism.rewards.calling import asked_by
@@ -35,6 +32,7 @@ from tropism.rollouts.randomness import StreamKey
 from tropism.rollouts.transcribe import Transcriber
 from tropism.scored_file import ScoredFile, require_json
 from tropism.targets.conditioner import Conditioner, Targets
+from tropism.tokenizer_of import tokenizer_of
 from tropism.types import Prompt, RewardInputs
 
 logger = logging.getLogger("tropism")
@@ -347,7 +345,7 @@ def _tokenizer_for(harness: RewardHarness, given: Any) -> Any:
         ConfigError: a reward asks for ids, and there is none.
     """
     if given is not None:
-        return _load_tokenizer(given) if isinstance(given, str | Path) else given
+        return tokenizer_of(given) if isinstance(given, str | Path) else given
     for name, term in harness.terms.items():
         asks = term.workers.asks if term.workers is not None else asked_by(term.function)  # type: ignore[arg-type]
         if "completion_ids" in asks.names or "completion_ids" in (term.term.args.get("columns") or ()):
@@ -356,21 +354,6 @@ def _tokenizer_for(harness: RewardHarness, given: Any) -> Any:
                 " whose tokens are meant: --tokenizer NAME (tokenizer=...)"
             )
     return None
-
-
-def _load_tokenizer(name: str | Path) -> Any:
-    """The tokenizer of a run folder or model, without its weights where it has a folder of its own."""
-    path = model_path(name)
-    if path == DEMO or path.endswith(".gguf"):
-        return load_model(path).tokenizer
-    try:
-        with model_view(path, revision=None, weights=False) as view:
-            return load_tokenizer(view, configuration(view, path), path)
-    except OSError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ModelError(
-            f"the tokenizer of {path} cannot be loaded: {reason.rstrip('.')}; name a model folder or hub id"
-        ) from error
 
 
 def _finish(file: ScoredFile, texts: _Texts, column: str, *, drop: bool) -> ScoreResult:

@@ -90,7 +90,6 @@ def test_what_does_not_survive_is_told(folder: Path, capsys: Captured) -> None:
     [
         ("there.jsonl", "is there already"),
         ("out.json", "name a .jsonl file"),
-        ("missing/out.jsonl", "there is no folder missing"),
         ("folder.jsonl", "is a folder"),
     ],
 )
@@ -102,6 +101,8 @@ def test_where_nothing_can_be_written(folder: Path, capsys: Captured, out: str, 
     assert (folder / "there.jsonl").read_text() == "mine"
     assert convert("rating.json", "--out", "there.jsonl", "--overwrite") == 0
     assert len((folder / "there.jsonl").read_text().splitlines()) == 2
+    assert convert("rating.json", "--out", "new/folder/out.jsonl") == 0
+    assert len((folder / "new/folder/out.jsonl").read_text().splitlines()) == 2
 
 
 def test_wrong_labels_leave_no_file(folder: Path, capsys: Captured) -> None:

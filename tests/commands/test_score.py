@@ -66,6 +66,11 @@ def read(path: str = "out.jsonl") -> list[dict[str, Any]]:
 # ---- what is scored and written --------------------------------------------------------------------------------------
 
 
+def test_the_folder_of_the_file_is_made() -> None:
+    assert main(["score", "data.jsonl", "--reward", "vader", "--out", "new/folder/o.jsonl"]) == 0
+    assert Path("new/folder/o.jsonl").is_file()
+
+
 def test_every_record_keeps_its_columns_and_gets_a_reward(capsys: Captured) -> None:
     assert main([*COMMAND, "--batch-size", "3"]) == 0
     lengths = [1, 2, 3, 2, 3, 1, 2]
@@ -280,7 +285,7 @@ def test_the_command_samples_from_a_model(stories: Path) -> None:
         (["--reward-file", "r.yaml", "--out", "o.jsonl"], "r.yaml: cannot be read"),
         (["--reward", "rewards.py:letters", "--out", "o.jsonl"], "If you trust it, allow it: --allow-code"),
         (["--reward", "vader", "--out", "o.txt"], "o.txt: name a .jsonl or .parquet file"),
-        (["--reward", "vader", "--out", "no/o.jsonl"], "there is no folder no; name a file in a folder that is there"),
+        (["--reward", "vader", "--out", "data.jsonl/o.jsonl"], "data.jsonl is a file; name a file in a folder"),
         (
             ["--reward", "vader", "--out", "o.jsonl", "--reward-column", "id"],
             "column 'id' cannot be added: the data",

@@ -84,3 +84,15 @@ def test_shapes_are_checked() -> None:
         linear_logprobs(hidden, weight, ids[:3])
     with pytest.raises(ValueError, match="temperature"):
         linear_logprobs(hidden, weight, ids, temperature=0.0)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 15, 40])
+def test_where_the_weights_lie_in_memory_changes_no_bit(count: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(count, 32, generator=generator), torch.randn(97, 32, generator=generator)
+    ids = torch.arange(count)
+    expected = linear_logprobs(hidden, weight, ids)
+    for offset in (1, 2, 8):
+        buffer = torch.empty(weight.numel() + offset)[offset:].view_as(weight).copy_(weight)
+        for found, same in zip(linear_logprobs(hidden, buffer, ids), expected, strict=True):
+            assert torch.equal(found, same)

@@ -73,6 +73,14 @@ def test_the_reference_is_asked_once_for_every_pair() -> None:
         assert all(said == pytest.approx(by_hand(pair)) for said in seen[pair.prompt_ids])
 
 
+def test_what_the_reference_takes_is_a_stage_of_the_step() -> None:
+    source = PairSource(PAIRS, batch_size=len(PAIRS), seed=0, shuffle=False, reference=Counted())
+    taken(source)
+    assert source.finish().timings["time/logprobs"] > 0
+    taken(source)  # all of it is kept
+    assert source.finish().timings == {}
+
+
 def test_a_batch_larger_than_the_data_asks_once() -> None:
     scorer = Counted()
     batch = taken(PairSource(PAIRS[:2], batch_size=5, seed=0, shuffle=False, reference=scorer))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
@@ -70,6 +70,8 @@ class CollectStats:
     """Their completion tokens."""
     sequence_kl: float = 0.0
     """Mean over completions of sum_t (old_logprobs - ref_logprobs), in nats; 0 for methods that do not sample."""
+    timings: Metrics = field(default_factory=dict)
+    """Seconds of the stages before the update, as ``time/<stage>``, where the source has not logged them itself."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING
 import tyro
 
 from tropism.commands.console import console, printable
-from tropism.errors import ConfigError, ModelError
+from tropism.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from tropism.data.label_files import ConvertedLabels
 
 COLUMNS = {
@@ -54,11 +52,14 @@ def run(arguments: Sequence[str]) -> None:
     _check_out(options.out, overwrite=options.overwrite)
     from tropism.commands.quiet import quieten_libraries
     from tropism.data.label_files import convert_labels
-    from tropism.storage import write_whole
+    from tropism.storage import write_whole, writing
+    from tropism.tokenizer_of import tokenizer_of
 
     quieten_libraries()
-    converted = convert_labels(options.source, load_label_tokenizer(options.tokenizer))
+    converted = convert_labels(options.source, tokenizer_of(options.tokenizer))
     lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in converted.rows)
+    with writing(options.out):
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(options.out, "".join(lines).encode())
     show(converted, options.out)
 
@@ -76,35 +77,11 @@ def show(converted: ConvertedLabels, path: Path) -> None:
     out.print(printable(f"written: {path} ({len(converted.rows)} records: {COLUMNS[converted.kind]})"), soft_wrap=True)
 
 
-def load_label_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, without its weights.
-
-    Raises:
-        ModelError: there is none of this name.
-    """
-    from tropism.foreign.pretrained import configuration, load_tokenizer
-    from tropism.foreign.view import model_view
-    from tropism.generation import model_path
-    from tropism.models.loading import folder_or_hub_id
-
-    path = model_path(name)
-    source = folder_or_hub_id(path, Path(path))
-    try:
-        with model_view(source, revision=None, weights=False) as view:
-            return load_tokenizer(view, configuration(view, source), source)
-    except OSError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ModelError(
-            f"the tokenizer of {source} cannot be loaded: {reason.rstrip('.')}; name a model folder or hub id"
-        ) from error
-
-
 def _check_out(path: Path, *, overwrite: bool) -> None:
     """Look before anything is read."""
     if path.suffix != ".jsonl":
         raise ConfigError(f"{path}: name a .jsonl file to write")
-    if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder" if path.is_dir() else f"cannot be written: there is no folder {path.parent}"
-        raise ConfigError(f"{path} {what}; name a file in a folder that is there")
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name a .jsonl file to write")
     if path.exists() and not overwrite:
         raise ConfigError(f"{path} is there already; name another file, or replace it with --overwrite")

@@ -210,14 +210,33 @@ def _rows_of_dataset(source: Any) -> Iterator[Located]:
         yield f"record {index}", dict(row)
 
 
+def require_there(source: Any) -> None:
+    """Look whether a path of data is there, before anything slow is done; other sources are let pass.
+
+    Raises:
+        DataError: there is no such file or folder, and the name cannot be one of the hub, or it is no regular file.
+    """
+    if isinstance(source, str | os.PathLike) and str(source):
+        source = DataConfig(path=str(source))
+    if isinstance(source, DataConfig):
+        _mode_of_data(source)
+
+
 def _open_path(config: DataConfig) -> Iterable[Located]:
-    path = Path(config.path)
-    mode = _mode(config.path)
+    mode, path = _mode_of_data(config), Path(config.path)
+    if mode is None:
+        return _rows_of_dataset(_load_from_hub(config))
+    return _rows_of_dataset(_load_saved(path, config)) if stat.S_ISDIR(mode) else read_file(path)
+
+
+def _mode_of_data(config: DataConfig) -> int | None:
+    """That of a file or folder; None for what the hub may have."""
+    path, mode = Path(config.path), _mode(config.path)
     if mode is not None:
         for is_kind, kind in _KINDS:
             if is_kind(mode):
                 raise DataError(f"{path}: {kind}, not a regular file; save the data to a file first")
-        return _rows_of_dataset(_load_saved(path, config)) if stat.S_ISDIR(mode) else read_file(path)
+        return mode
     if os.path.islink(config.path):
         raise DataError(f"{path}: a link to {os.readlink(config.path)!r}, which is not there")
     suffix = Path(config.path.lower().removesuffix(".gz")).suffix
@@ -225,7 +244,7 @@ def _open_path(config: DataConfig) -> Iterable[Located]:
         raise DataError(
             f"{config.path[:200]!r}: no such file or folder{_nearest_name(path)}. Texts themselves are given as a list"
         )
-    return _rows_of_dataset(_load_from_hub(config))
+    return None
 
 
 def _mode(path: str) -> int | None:

@@ -13,7 +13,10 @@ KEPT_BYTES = 256 * 2**20
 """Up to this much the backward pass finds the probabilities where the forward pass left them; beyond, it computes them
 again, chunk by chunk."""
 CACHED_BYTES = (256 * 2**20, 2 * 2**20)
-"""How much of the logits is exponentiated at a time, on accelerators and on the CPU, where it should stay in a cache."""
+"""How much of the logits is exponentiated at a time, on accelerators and on the CPU (what its caches hold)."""
+NARROWEST = 16
+"""Fewer columns go through products of other kernels, whose rounding depends on where the matrices lie in memory: equal
+policies would differ by a rounding error."""
 
 
 def linear_logprobs(
@@ -23,9 +26,9 @@ def linear_logprobs(
 
     log p(id) = l_id - logsumexp(l),  H = logsumexp(l) - sum(p_v l_v),  l = hidden W^T / temperature
 
-    Logits of more than ``chunk_size`` rows exist only where the backward pass finds them kept. The gradient with respect to the logits,
-    (onehot - p) / temperature, is written over the probabilities and multiplied on at once, so that neither log-softmax
-    nor its backward pass keeps copies of [N, V].
+    Logits of more than ``chunk_size`` rows exist only where the backward pass finds them kept. The gradient with
+    respect to the logits, (onehot - p) / temperature, is written over the probabilities and multiplied on at once, so
+    that neither log-softmax nor its backward pass keeps copies of [V, N].
 
     Args:
         hidden: [N, H]. weight: [V, H], of the same dtype, which is that of the products.
@@ -107,7 +110,11 @@ class _LinearLogprobs(torch.autograd.Function):
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     """[V, n], at least fp32."""
-    logits = upcast(weight @ hidden.T)
+    count = len(hidden)
+    missing = max(0, NARROWEST - count)
+    if missing:
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, missing))
+    logits = upcast(weight @ hidden.T)[:, :count]
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 

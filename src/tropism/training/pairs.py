@@ -21,7 +21,7 @@ from tropism.preferences import (
     mismatched,
 )
 from tropism.training.finite import require_finite
-from tropism.training.sources import TextSource
+from tropism.training.sources import TextSource, TimedScorer
 
 B = TypeVar("B", PairBatch, OpinionBatch)
 
@@ -76,7 +76,8 @@ class PairSource(TextSource[Pair]):
         self, pairs: Sequence[Pair], *, batch_size: int, seed: int, shuffle: bool, reference: Scorer | None
     ) -> None:
         super().__init__(pairs, batch_size=batch_size, seed=seed, shuffle=shuffle)
-        self.reference = KeptReference(reference, len(pairs), 2)
+        timed = None if reference is None else TimedScorer(reference, self.watch)
+        self.reference = KeptReference(timed, len(pairs), 2)
 
     def batch_of(self, taken: Sequence[tuple[int, Pair]], first: int) -> PairBatch:
         places, pairs = zip(*taken, strict=True)
@@ -116,8 +117,8 @@ class OpinionSource(TextSource[Opinion]):
                 "prompts_per_step is 1, but the reference point is measured on completions of other prompts of the same"
                 " step; set it to 2 or more"
             )
-        self.scorer, self.max_length = scorer, max_length
-        self.reference = KeptReference(reference, len(opinions))
+        self.scorer, self.max_length = TimedScorer(scorer, self.watch), max_length
+        self.reference = KeptReference(TimedScorer(reference, self.watch), len(opinions))
 
     def batch_of(self, taken: Sequence[tuple[int, Opinion]], first: int) -> OpinionBatch:
         places, opinions = zip(*taken, strict=True)

@@ -300,6 +300,7 @@ class TextSource(ABC, Generic[T]):
         self.stream = PromptStream(texts, seed=seed, shuffle=shuffle)
         self.batch_size = batch_size
         self.seen = CollectStats(samples=0, tokens=0)
+        self.watch = Stopwatch()
 
     @abstractmethod
     def batch_of(self, taken: Sequence[tuple[int, T]], first: int) -> Batch | ComparisonBatch | PairBatch:
@@ -313,7 +314,9 @@ class TextSource(ABC, Generic[T]):
     def collect(self, policy: Any) -> Iterator[Batch | ComparisonBatch | PairBatch]:
         first = self.stream.position
         batch = self.batch_of(self.stream.take(self.batch_size), first)
-        self.seen = CollectStats(samples=len(batch), tokens=int(batch.loss_mask.sum()))
+        seconds = self.watch.take("logprobs")
+        timings = {"time/logprobs": seconds} if seconds else {}
+        self.seen = CollectStats(samples=len(batch), tokens=int(batch.loss_mask.sum()), timings=timings)
         yield batch
 
     def finish(self) -> CollectStats:

@@ -99,7 +99,7 @@ class Trainer:
                 ended = self.algorithm.after_step(self.policy, metrics).value == "end collect" or self.source.done
                 if ended:
                     stats = self.source.finish()
-                    metrics |= self.algorithm.after_collect(stats)
+                    metrics |= self.algorithm.after_collect(stats) | stats.timings
                     self.counts.steps += 1
                     self.counts.collects += 1
                     self.counts.samples += stats.samples
