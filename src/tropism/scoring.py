@@ -17,11 +17,10 @@ import torch
 from tropism import __version__
 from tropism.data.columns import other_columns
 from tropism.data.config import DataConfig
-from tropism.data.demonstrations import encode_parts, layout_of, texts_of
+from tropism.data.demonstrations import FINISH_REASON, encode_parts, layout_of, texts_of
 from tropism.data.order import fingerprint
 from tropism.data.prompts import make_prompts
 from tropism.data.readers import Record, locate_records
-from tropism.data.scored import FINISH_REASON
 from tropism.errors import ConfigError, DataError, RewardError
 from tropism.generation import TextPolicy
 from tropism.recipe_identity import reward_sources, weights_fingerprint

@@ -70,6 +70,13 @@ def test_only_completion_and_eos_are_learned(make_tokenizer, ids_of):
     assert parts(all_of_it) == (ids_of("<s>"), ids_of("I saw the film </s>"))
 
 
+def test_a_completion_that_was_cut_while_sampled_has_no_eos_to_learn(make_tokenizer, ids_of):
+    records = [{"prompt": "I saw", "completion": " it", "finish_reason": reason} for reason in ("eos", "length", None)]
+    made = make_demonstrations(records, make_tokenizer(), max_length=None)
+    assert [d.completion_ids for d in made] == [ids_of("it </s>"), ids_of("it"), ids_of("it </s>")]
+    assert all(len(d.loss_mask) == len(d.completion_ids) for d in made)
+
+
 def test_named_columns_and_templates(make_tokenizer, ids_of):
     records = [{"q": "I saw", "a": " it", "x": "y"}]
     for config in (settings(prompt_column="q", completion_column="a"), settings(template="{q}", completion_column="a")):

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FINISH_REASON = "finish_reason"
+"""The column in which ``tropism score --model`` writes how a completion ended; ``length`` means that it was cut."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
@@ -50,7 +53,8 @@ def make_demonstrations(
     """Demonstrations from texts, prompts with completions, or chats that end with the assistant's answer.
 
     Plain text is learned from its first token on, after the BOS if there is one; with ``first_words`` from the word
-    after those. Of a chat the last answer is learned. One eos ends every plain text; the chat template ends chats.
+    after those. Of a chat the last answer is learned. One eos ends every plain text, unless the column
+    ``finish_reason`` says ``length``; the chat template ends chats.
 
     Args:
         source: ``DataConfig`` or anything else that ``read_records`` takes.
@@ -139,6 +143,7 @@ def encoded_texts(
         ids, start, clean = encoded
         merged += not clean
         endless += tokenizer.eos_token_id not in ids[start:]
+        ids = _as_cut(ids, start, record, tokenizer.eos_token_id)
         start = start if completion_only else shortest_prompt
         if max_length is not None and start >= max_length:
             too_long += 1
@@ -154,6 +159,12 @@ def encoded_texts(
             f"none of the {len(records)} records is left: {few + ', ' if few else ''}the prompts of {too_long} fill"
             f" max_length ({max_length}) alone"
         )
+
+
+def _as_cut(ids: list[int], start: int, record: Record, eos: Any) -> list[int]:
+    """A completion that was cut while it was sampled did not end there, so no eos follows it."""
+    cut = record.columns.get(FINISH_REASON) == "length"
+    return ids[:-1] if cut and len(ids) > start + 1 and ids[-1] == eos else ids
 
 
 def _report(called: str, *, too_short: int, too_long: int, merged: int, endless: int) -> None:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from tropism.data.columns import as_chat, prompt_value, value_of
 from tropism.data.config import DataConfig
-from tropism.data.demonstrations import encoded_texts, layout_of
+from tropism.data.demonstrations import FINISH_REASON, encoded_texts, layout_of
 from tropism.data.encoding import encode_bare, encode_text, eos_id, render_chat
 from tropism.data.files import shown
 from tropism.data.judged_values import refuse_wrong
 from tropism.data.readers import Record, locate_records
-from tropism.data.scored import FINISH_REASON, finite_reward, value_of_target
+from tropism.data.scored import finite_reward, value_of_target
 from tropism.episodes import Episode
 from tropism.errors import DataError
 from tropism.types import Messages

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tropism.data.columns import value_of
 from tropism.data.config import DataConfig
-from tropism.data.demonstrations import EncodedText, encoded_texts
+from tropism.data.demonstrations import encoded_texts
 from tropism.data.files import listed, shown
 from tropism.data.readers import Record
 from tropism.errors import DataError
@@ -19,9 +19,6 @@ from tropism.types import ScoredText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-FINISH_REASON = "finish_reason"
-"""The column in which ``tropism score --model`` writes how a completion ended; ``length`` means that it was cut."""
 
 _LARGEST = 3.4028234663852886e38
 """Of float32, in which models are told of rewards."""
@@ -71,20 +68,12 @@ def read_scored(
             text.record,
             ScoredText(
                 prompt_ids=text.ids[: text.start],
-                completion_ids=_completion(text, tokenizer.eos_token_id),
+                completion_ids=text.ids[text.start :],
                 rewards=tuple(_reward(text.record, target) for target in targets),
             ),
         )
         for text in texts
     ]
-
-
-def _completion(text: EncodedText, eos: Any) -> tuple[int, ...]:
-    """What is learned. A completion that was cut while it was sampled did not end there, so no eos follows it."""
-    completion = text.ids[text.start :]
-    if text.record.columns.get(FINISH_REASON) == "length" and len(completion) > 1 and completion[-1] == eos:
-        return completion[:-1]
-    return completion
 
 
 def _reward(record: Record, target: str) -> float:
