@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from distributed.two_processes import forbid_writing
 from tiny_runs import EPISODES, PROMPTS, TEXTS, Setting, assemble, execute, sample, stop_after
-from tropism.algorithms import GRPO, ILQL, PPO, SFT, Quark
+from tropism.algorithms import DPO, GRPO, ILQL, KTO, PPO, SFT, Quark
 from tropism.build import Assembly
 from tropism.errors import ModelError, NumericsError
 from tropism.training.config import CheckpointConfig
@@ -59,6 +59,8 @@ CASES: dict[str, tuple[Setting, dict[str, Any]]] = {
             "eval_data": EPISODES[:3],
         },
     ),
+    "dpo": (Setting("dpo", False, "llama"), {"algorithm": DPO(), "total_steps": 5}),
+    "kto": (Setting("kto", False, "llama"), {"algorithm": KTO(), "total_steps": 5}),
     "quark": (
         Setting("quark", True, "llama"),
         {"algorithm": Quark(quantiles=3, group_size=2, updates=2, batch_size=3), "total_steps": 3},
