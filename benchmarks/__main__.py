@@ -1,10 +1,10 @@
-"""``python -m benchmarks [options]``, or one of the other measurements first: scaling, soak, conditioned."""
+"""``python -m benchmarks [options]``, or another measurement first: scaling, soak, conditioned, environment."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import conditioned, scaling, soak, standard
+from benchmarks import conditioned, environment, scaling, soak, standard
 from benchmarks.runner import WorkerError
 
 
@@ -17,6 +17,8 @@ def main() -> None:
             soak.main(arguments[1:])
         elif arguments[:1] == ["conditioned"]:
             conditioned.main(arguments[1:])
+        elif arguments[:1] == ["environment"]:
+            environment.main(arguments[1:])
         else:
             standard.main(arguments)
     except WorkerError as death:

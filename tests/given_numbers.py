@@ -37,7 +37,7 @@ class Numbers:
         self.asked = arguments
         return SimpleNamespace(logprobs=self.answer, values=self.value, entropy=torch.full_like(self.answer, 0.5))
 
-    def logprobs(self, tokens: Tokens, *, temperature: float) -> Tensor:
+    def logprobs(self, tokens: Tokens, *, temperature: float, filtering: Any = None) -> Tensor:
         return self.answer
 
     def values(self, tokens: Tokens) -> tuple[Tensor, Tensor]:

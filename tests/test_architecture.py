@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "ops": set(),
     "redaction": set(),
+    "export_hub": {"errors", "redaction"},
     "storage": {"errors"},
     "types": {"ops"},
     "texts": {"errors"},
@@ -40,10 +41,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": LEAVES | {"foreign", "storage", "targets"},
     "training": LEAVES | {"storage"},
     "evaluation": LEAVES | {"storage"},
-    "envs": {"errors", "models", "texts"},
+    "envs": LEAVES | {"best_of", "data", "generation", "models", "rewards", "rollouts"},
     "metric_functions": {"errors", "rewards", "types"},
     "best_of": LEAVES | {"rewards"},
-    "generation": LEAVES | {"best_of", "data", "models", "rollouts", "targets"},
+    "generation": LEAVES | {"best_of", "data", "export_hub", "models", "rollouts", "targets"},
 }
 """Part -> the other parts it may import. What is not listed here composes, and may import all."""
 
@@ -57,7 +58,15 @@ COMPOSERS = {
     "config",
     "demo",
     "export",
+    "export_card",
+    "export_card_facts",
+    "export_card_results",
     "export_checks",
+    "export_checks_seq2seq",
+    "export_gguf",
+    "export_reward_model",
+    "export_slots",
+    "export_source",
     "recipe_changes",
     "recipe_comparisons",
     "recipe_data",
@@ -91,6 +100,20 @@ EXCEPTIONS: dict[str, set[str]] = {
         "rollouts.protocol",
         "rollouts.randomness",
     },
+    # The TextRL facade is PPO and the trainer over the environment, and writes files that a run would write.
+    "envs.textrl_learning": {
+        "algorithms.base",
+        "algorithms.ppo",
+        "training.config",
+        "training.correction",
+        "training.finite",
+        "training.optimizer",
+        "training.processes",
+        "training.scoring",
+        "training.trainer",
+    },
+    "envs.textrl_files": {"foreign.json_files", "foreign.paths", "recipe_identity", "training.state"},
+    "envs.textrl_training": {"storage"},
     # The version goes into environment.json.
     "training.run_folder": {""},
     # Evaluation during training does what a collect does, on held-out prompts.
@@ -158,7 +181,7 @@ def test_exceptions_are_still_needed() -> None:
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_concrete_methods_are_known_to_the_composition_alone(path: Path) -> None:
     if module_of(path).split(".")[0] not in KNOW_METHODS:
-        assert not own_imports(path) & CONCRETE
+        assert not own_imports(path) & (CONCRETE - EXCEPTIONS.get(module_of(path), set()))
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if module_of(p).split(".")[0] == "ops"], ids=module_of)

@@ -105,6 +105,7 @@ CHANGED: dict[str, Any] = {
     "sampling.repetition_penalty": 1.5,
     "sampling.beta": 2.0,
     "sampling.allowed_tokens": "ways.json",
+    "sampling.policy_distribution": "filtered",
     "sampling.stop": ["."],
     "sampling.stop_token_ids": [3],
     "sampling.truncation.token": 14,

@@ -41,7 +41,7 @@ WRONG: dict[str, tuple[Callable[[], dict[str, Any]], type[TropismError], str]] =
     "an encoder as policy": (
         lambda: {"normalise": Normalisation(samples=8, policy=bert())},
         ModelError,
-        "normalise.policy: BertForSequenceClassification writes no text; a causal LM is needed",
+        "normalise.policy: BertForSequenceClassification has no output embedding, so it writes no text",
     ),
     "no prompts to complete": (
         lambda: {"data": PROMPTLESS},

@@ -17,6 +17,8 @@ from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
     BloomConfig,
     FalconConfig,
     Gemma2Config,
@@ -24,14 +26,18 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MBartConfig,
     MistralConfig,
+    MT5Config,
     OPTConfig,
+    PegasusConfig,
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    T5Config,
 )
 
 VOCABULARY = 37
@@ -61,11 +67,13 @@ def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMod
     config = tiny_config(family, **overrides)
     # Falcon's eager attention adds the ALiBi bias twice.
     attention = "sdpa" if family == "falcon_alibi" else "eager"
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=attention
-    )
+    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model: PreTrainedModel = kind.from_config(config, dtype=torch.float32, attn_implementation=attention)
     generator = torch.Generator().manual_seed(seed)
     seen: set[int] = set()
+    if getattr(config, "scale_decoder_outputs", None) is False:  # T5 v1.1, whose two embeddings are not tied
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        model.all_tied_weights_keys.pop("lm_head.weight")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if id(parameter) in seen:
@@ -79,22 +87,33 @@ def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMod
                 parameter.copy_(0.4 * noise)
             else:
                 parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
+                if name.endswith("Attention.q.weight"):  # T5 keeps the scale of its scores in this weight
+                    parameter.mul_(config.d_kv**-0.5)
+        if hasattr(model, "final_logits_bias"):
+            model.final_logits_bias.copy_(0.5 * torch.randn(model.final_logits_bias.shape, generator=generator))
     model.eval()
     return model
 
 
 def _is_embedding(name: str) -> bool:
-    return any(part in name for part in ("embed", "wte", "wpe"))
+    return any(part in name for part in ("embed", "wte", "wpe", "shared"))
 
 
 def tiny_tokenizer(
-    *, bos: bool = True, eos: bool = True, pad: bool = True, add_bos: bool = False, chat: bool = False
+    *,
+    bos: bool = True,
+    eos: bool = True,
+    pad: bool = True,
+    add_bos: bool = False,
+    add_eos: bool = False,
+    chat: bool = False,
 ) -> PreTrainedTokenizerFast:
     """A tokenizer with one token per character and ids below ``VOCABULARY``.
 
     Args:
         bos, eos, pad: whether the tokenizer declares that special token; the ids are the same either way.
         add_bos: put bos before every encoded text, as Llama's and Gemma's tokenizers do.
+        add_eos: put eos behind every encoded text, as T5's tokenizer does (and BART's, with add_bos).
         chat: give it a chat template.
     """
     ids = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *CHARACTERS))}
@@ -102,8 +121,9 @@ def tiny_tokenizer(
     core.pre_tokenizer = Split("", "isolated")
     core.decoder = decoders.Fuse()
     core.add_special_tokens(list(SPECIAL_TOKENS))
-    if add_bos:
-        core.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS_ID)])
+    if add_bos or add_eos:
+        single = " ".join([*(["<bos>"] if add_bos else []), "$A", *(["<eos>"] if add_eos else [])])
+        core.post_processor = TemplateProcessing(single=single, special_tokens=[("<bos>", BOS_ID), ("<eos>", EOS_ID)])
     declared = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -204,5 +224,46 @@ _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "falcon_alibi": (FalconConfig, {**_FALCON, "alibi": True}),
 }
 
-FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {family: partial(tiny_model, family) for family in _CONFIGS}
-"""Family name -> a function that makes its tiny random model (also ``tiny_model(family, seed=..., **config)``)."""
+_T5: dict[str, Any] = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    # Few buckets, so that positions a few tokens apart differ, and far ones fall together.
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "decoder_start_token_id": PAD_ID,
+}
+
+_BART: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_layers": 3,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "decoder_start_token_id": EOS_ID,
+    "forced_eos_token_id": None,
+}
+
+_SEQ2SEQ: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "t5": (T5Config, _T5),
+    "t5_v1_1": (T5Config, {**_T5, "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}),
+    "mt5": (MT5Config, {**_T5, "feed_forward_proj": "gated-gelu"}),
+    "bart": (BartConfig, _BART),
+    "mbart": (MBartConfig, {**_BART, "scale_embedding": True}),
+    "pegasus": (PegasusConfig, {**_BART, "scale_embedding": True, "decoder_start_token_id": PAD_ID}),
+}
+_CONFIGS |= _SEQ2SEQ
+
+SEQ2SEQ: tuple[str, ...] = tuple(_SEQ2SEQ)
+"""Names of the families with an encoder and a decoder; ``tiny_model`` and ``tiny_config`` make them, too."""
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    family: partial(tiny_model, family) for family in _CONFIGS if family not in _SEQ2SEQ
+}
+"""Causal family -> a function that makes its tiny random model (also ``tiny_model(family, seed=..., **config)``)."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import SEQ2SEQ, tiny_model, tiny_tokenizer
 from tropism.algorithms import (
     DPO,
     GRPO,
@@ -147,7 +147,15 @@ class Setting:
             "pairs": [*PAIRED],
             "opinions": [*LIKED],
         }
+        if self.two_sided:  # an encoder needs a prompt, and reads one
+            texts["demonstrations"] = [{**item, "completion": item["completion"].strip()} for item in SCORED]
+            texts["episodes"] = [episode for episode in EPISODES if len(episode["turns"]) == 2]
         return texts[self.algorithm.reads]
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether the family has an encoder and a decoder."""
+        return self.family in SEQ2SEQ
 
     def with_algorithm(self, **changes: Any) -> AlgorithmConfig:
         return replace(self.algorithm, **changes)
@@ -158,6 +166,11 @@ ALL_SETTINGS = [Setting(m, a, f) for m in METHODS for a in (False, True) for f i
 
 SETTINGS = [s for s in ALL_SETTINGS if s.adapter == (s.family == "gpt2")]
 """One family each: all weights of a Llama, an adapter on a GPT-2 (whose layers are transposed)."""
+
+SEQ2SEQ_SETTINGS = [
+    s for m in METHODS for a in (False, True) if (s := Setting(m, a, "bart" if a else "t5")).trains_policy
+]
+"""All weights of a T5, an adapter on a BART; reward models have no decoder."""
 
 PARTIAL_SETTINGS = [s for m in METHODS if (s := Setting(m, False, "gpt2", train_layers=1)).trains_policy]
 """The last of two blocks of a GPT-2, whose output embedding is tied."""
@@ -174,9 +187,11 @@ def make_recipe(setting: Setting, run: Path, **changes: Any) -> Recipe:
     A reward model is put on a scale before and after training, by samples of the body that it starts from.
     """
     algorithm = changes.pop("algorithm", setting.algorithm)
+    if setting.two_sided and isinstance(algorithm, RewardConditioned):
+        algorithm = replace(algorithm, prompt_loss_weight=0.0)  # an encoder predicts no tokens
     trainer = changes.pop("trainer", {})
     fields: dict[str, Any] = {
-        "model": (tiny_model(setting.family, seed=3), tiny_tokenizer()),
+        "model": (tiny_model(setting.family, seed=3), tiny_tokenizer(add_eos=setting.two_sided)),
         "algorithm": algorithm,
         "data": setting.texts,
         "reward": RewardConfig.of({"terms": {"early": {"use": early_letters}}, "scale": "running"}),

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from tiny_models import tiny_model, tiny_tokenizer
 from tropism.generation import TextPolicy
-from tropism.models.loading import LoadedModel, special_tokens
+from tropism.models.loading import LoadedModel
 from tropism.models.policy import Policy
 from tropism.models.q_heads import QHeads
+from tropism.models.special_tokens import special_tokens
 from tropism.rollouts.config import Sampling
 
 

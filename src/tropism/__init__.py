@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from tropism.api import train
     from tropism.config import Recipe
     from tropism.data.config import DataConfig, Preparation
+    from tropism.envs.text_generation import TextGenerationEnv
+    from tropism.envs.vector import TextGenerationVectorEnv
     from tropism.errors import TropismError
     from tropism.evaluation.report import write_report
     from tropism.generation import TextPolicy
@@ -72,6 +74,8 @@ _HOMES = {
     "tropism.api": ("train",),
     "tropism.config": ("Recipe",),
     "tropism.data.config": ("DataConfig", "Preparation"),
+    "tropism.envs.text_generation": ("TextGenerationEnv",),
+    "tropism.envs.vector": ("TextGenerationVectorEnv",),
     "tropism.errors": ("TropismError",),
     "tropism.evaluation.report": ("write_report",),
     "tropism.generation": ("TextPolicy",),
@@ -120,6 +124,8 @@ __all__ = [
     "RewardModeling",
     "RewardTerm",
     "Sampling",
+    "TextGenerationEnv",
+    "TextGenerationVectorEnv",
     "TextPolicy",
     "TextRewardModel",
     "TrainerConfig",

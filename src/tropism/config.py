@@ -59,7 +59,8 @@ class Recipe:
     """Train an adapter; None trains the model's own weights."""
     train_layers: int | None = None
     """Train only that many of the last transformer blocks, the final norm, and the output embedding where it is not
-    tied to the input embedding; None trains all weights. Not together with lora."""
+    tied to the input embedding. 0 trains the output head alone (and the final norm): a tied output embedding becomes a
+    matrix of its own. None trains all weights. Not together with lora."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Optimizer, precision, evaluation, checkpoints, tracking."""
     normalise: Normalisation | None = None
@@ -80,9 +81,10 @@ class Recipe:
                 f"prompts_per_step, times the completions of a prompt, is {per_step:,}; at most {MOST_PER_STEP:,} "
                 "completions (or demonstrations) make a step"
             )
-        if self.train_layers is not None and self.train_layers < 1:
+        if self.train_layers is not None and self.train_layers < 0:
             raise ConfigError(
-                f"train_layers is {self.train_layers}; it must be at least 1 (leave it out to train all weights)"
+                f"train_layers is {self.train_layers}; give a number of transformer blocks, or 0 for the output head "
+                "alone (leave it out to train all weights)"
             )
         if self.train_layers is not None and self.lora is not None:
             raise ConfigError(
@@ -94,9 +96,19 @@ class Recipe:
         refuse_ambiguous_names(settings, {} if self.reward is None else self.reward.terms)
         self._check_reward_model()
         self._check_best()
+        self._check_policy_distribution()
         if self.algorithm.reads == "prompts" and self.reward is None:
             raise ConfigError(
                 f"{self.algorithm.name} needs a reward: a registered name such as vader, a callable, or named terms"
+            )
+
+    def _check_policy_distribution(self) -> None:
+        """What filters leave can be trained by some methods only."""
+        if self.sampling.policy_distribution == "filtered" and not self.algorithm.learns_filtered:
+            raise ConfigError(
+                f"sampling.policy_distribution is filtered, and {self.algorithm.name} as it is set here trains the "
+                "tempered distribution: leave policy_distribution out (ppo, rloo, and grpo with a ratio per token or "
+                "sequence can train the filtered one)"
             )
 
     def _check_best(self) -> None:

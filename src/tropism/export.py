@@ -1,47 +1,42 @@
-"""A conditioned model at one target, written as a plain Hugging Face model that any server of such models can serve."""
+"""What was trained, by whatever method, as a plain Hugging Face folder that any server of such models can serve."""
 
 from __future__ import annotations
 
 import json
-import re
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import chain
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from peft import PeftModel
 
 from tropism import __version__
-from tropism.errors import ConfigError, ModelError
+from tropism.config import method_named
+from tropism.errors import ConfigError
 from tropism.evaluation.run_folder import RunData
-from tropism.export_checks import TEXTS, Found, verify
+from tropism.export_card import write_card
+from tropism.export_checks import TEXTS, Found, differs, verify
+from tropism.export_reward_model import write_reward_model
+from tropism.export_slots import SlotTokens, asked_ids, opening_for, refuse_targets
+from tropism.export_source import RECIPE, Trained, load_trained
 from tropism.foreign.json_files import read_object
-from tropism.generation import TextPolicy, model_path
+from tropism.foreign.view import CONFIG
+from tropism.generation import TextPolicy
 from tropism.models.baked import baked_model, highest_logprobs
-from tropism.models.baked_tokenizer import (
-    Opening,
-    SlotToken,
-    check_fast,
-    dispensable,
-    free_slots,
-    named_slots,
-    needed_ids,
-    with_opening,
-    write_opening,
-)
-from tropism.models.saving import save_plain
+from tropism.models.baked_tokenizer import Opening, SlotToken, with_opening, write_opening
+from tropism.models.q_head_files import MARK as Q_MARK
+from tropism.models.q_head_files import read_q_heads, write_q_heads
+from tropism.models.saving import replacing, save_plain
 from tropism.safe_yaml import read_yaml
 from tropism.targets.conditioner import Conditioner, Targets
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from tropism.text_reward_model import TextRewardModel
 
 MARK = "tropism_export.json"
 """What an export says of itself; a folder with it may be replaced by the next export."""
 HELD_OUT = 8
 """Held-out prompts of a run that the export is verified on, beside the texts that are built in."""
-SHOWN = 3
-"""Tokens that an error proposes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,75 +44,92 @@ class Export:
     """What was written, and how it was found."""
 
     folder: Path
-    mechanism: str | None
-    """How the model was told; None for a model that could not be asked."""
-    targets: Mapping[str, float | None]
+    kind: str
+    """``policy`` or ``reward-model``."""
+    mechanism: str | None = None
+    """How the model was told its rewards; None for a model that could not be asked."""
+    targets: Mapping[str, float | None] = field(default_factory=dict)
     """What is built in; None where a reward was left open."""
-    slots: tuple[SlotToken, ...]
+    slots: tuple[SlotToken, ...] = ()
     """Rows of the vocabulary that ask for it."""
+    step: int | None = None
+    """The step of the run that the weights are of, where that is known."""
+    checkpoint: str | None = None
+    """Name of the checkpoint that was exported; None of a finished model."""
+    heads_kept: bool = False
+    """Whether Q heads lie beside the plain files."""
+    notes: tuple[str, ...] = ()
+    """One sentence for each thing that was merged, left out or kept."""
     found: Found
     """What the verification measured."""
+
+
+def export_model(
+    source: str | Path | TextPolicy | TextRewardModel,
+    out: str | Path,
+    *,
+    targets: Targets = None,
+    slot_tokens: SlotTokens = None,
+    step: int | None = None,
+    best: bool = False,
+    base: Any = None,
+    keep_heads: bool = False,
+    device: str = "cpu",
+) -> Export:
+    """Write what was trained as a folder that the Auto class of its kind loads with no custom code.
+
+    Adapters are merged, the value head of PPO and the Q heads of ILQL are left out, a target that the model is asked
+    for is built in. The folder is loaded anew and compared with the model before it gets its name; after an error there
+    is none.
+
+    Args:
+        source: a run, model or adapter folder, a hub id, or a model in memory.
+        out: a folder that is not there, is empty, or holds an earlier export.
+        targets: of a model that is asked for rewards: a number, or ``{"name": number}`` (names left out are open). None
+            asks for what it has for a default (Quark: the best), and is right for all other models.
+        slot_tokens: tokens to give up for the targets, one per reward. None takes rows of the vocabulary that are free.
+        step: of a run: the checkpoint after this step, in place of its last model.
+        best: of a run: the weights of its best evaluation.
+        base: what a checkpoint or an adapter stands on, where it is no longer where it was; what ``load_model`` takes.
+        keep_heads: keep the Q heads of ILQL beside the plain files, so that tropism can be given ``beta``.
+        device: where a folder is loaded.
+
+    Raises:
+        ConfigError: no such run or step, a run that has not finished, targets that the model cannot be asked, or an
+            ``out`` that is taken.
+        ModelError: a damaged model, no free row, a token that cannot be given up, or an export that differs from the
+            model.
+        StorageError: it cannot be written.
+    """
+    folder = Path(out).expanduser()
+    _check_out(folder)
+    if isinstance(source, TextPolicy | TextRewardModel):
+        trained = Trained(model=source)
+    else:
+        trained = load_trained(str(source), step=step, best=best, base=base, device=device)
+    texts = (*TEXTS, *_held_out(trained.run))
+    with replacing(folder) as path:
+        if isinstance(trained.model, TextRewardModel):
+            export = _reward_model(path, folder, trained, trained.model, texts, targets, slot_tokens, keep_heads)
+        else:
+            export = _policy(path, folder, trained, trained.model, texts, targets, slot_tokens, keep_heads)
+        (path / MARK).write_text(json.dumps(_facts(export), indent=1, ensure_ascii=False), encoding="utf-8")
+        write_card(path, export, trained)
+        for file in path.iterdir():  # weights are written for their owner alone, and servers run as somebody else
+            file.chmod((path / "config.json").stat().st_mode)
+    return export
 
 
 def export_at_target(
     run_or_policy: str | Path | TextPolicy,
     targets: Targets,
     out: str | Path,
-    slot_tokens: str | int | Sequence[str | int] | None = None,
+    slot_tokens: SlotTokens = None,
     *,
     device: str = "cpu",
 ) -> Export:
-    """Write a model with a target built in, as a folder that ``AutoModelForCausalLM`` loads with no custom code.
-
-    The folder is loaded anew and compared with the model before it gets its name; after an error there is none.
-
-    Args:
-        run_or_policy: a run or model folder, or a loaded ``TextPolicy``.
-        targets: a number, ``{"name": number}`` (names left out are open), or None for a model that cannot be asked,
-            which is written as it is, adapters merged.
-        out: a folder that is not there, is empty, or holds an earlier export.
-        slot_tokens: tokens to give up, one per reward: the token, a text that is one token, or its id. None takes
-            rows of the vocabulary that are free.
-        device: where a folder is loaded.
-
-    Raises:
-        ConfigError: targets that the model cannot be asked, or a folder that is taken.
-        ModelError: no free row, a token that cannot be given up, or an export that differs from the model.
-        StorageError: it cannot be written.
-    """
-    folder = Path(out)
-    _check_out(folder)
-    source = "" if isinstance(run_or_policy, TextPolicy) else str(run_or_policy)
-    policy = run_or_policy if isinstance(run_or_policy, TextPolicy) else _load(source, device)
-    conditioner = policy.conditioner
-    texts = (*TEXTS, *_held_out(source))
-    opening: Opening | None = None
-    slot_ids: tuple[int, ...] = ()
-    if conditioner is None:
-        _refuse_targets(targets, slot_tokens)
-    else:
-        opening, slot_ids = _opening(policy, conditioner, targets, texts, slot_tokens)
-    slots = () if opening is None else opening.slots
-    unlikely = None
-    if any(slot.kind == "appended" for slot in slots):
-        unlikely = int(highest_logprobs(policy.policy, _asked(policy, slot_ids, texts)).argmin())
-    plain = baked_model(policy.policy, slots, slot_ids if slots else (), unlikely=unlikely)
-    named = {} if conditioner is None else dict(zip(conditioner.names, conditioner.values(targets), strict=True))
-    results: list[Export] = []
-
-    def complete(path: Path) -> None:
-        if opening is not None:
-            write_opening(path, policy.tokenizer, opening)
-        found = verify(path, policy, slot_ids, opening, texts)
-        mechanism = None if conditioner is None else conditioner.config.mechanism
-        results.append(Export(folder=folder, mechanism=mechanism, targets=named, slots=slots, found=found))
-        _describe(path, results[0], source)
-        for file in path.iterdir():  # weights are written for their owner alone, and servers run as somebody else
-            file.chmod((path / "config.json").stat().st_mode)
-
-    tokenizer = policy.tokenizer if opening is None else with_opening(policy.tokenizer, opening)
-    save_plain(plain, tokenizer, folder, beside=complete)
-    return results[0]
+    """``export_model`` of a model that is asked for rewards, at these targets."""
+    return export_model(run_or_policy, out, targets=targets, slot_tokens=slot_tokens, device=device)
 
 
 # Before ---------------------------------------------------------------------------------------------------------------
@@ -131,213 +143,155 @@ def _check_out(folder: Path) -> None:
     )
 
 
-def _load(source: str, device: str) -> TextPolicy:
-    """A model in the precision that it was saved in, so that nothing is rounded on the way."""
-    settings = Path(model_path(source)) / "config.json"
-    saved: Any = None
-    if settings.is_file():
-        content = read_object(settings)
-        saved = content.get("dtype", content.get("torch_dtype"))
-    dtype = saved if saved in ("float32", "bfloat16", "float16") else "auto"
-    return TextPolicy.load(source, device=device, dtype=dtype)
-
-
-def _held_out(source: str) -> list[str]:
+def _held_out(run: Path | None) -> list[str]:
     """Prompts that a run was last evaluated on."""
-    if not source or not (Path(source) / "recipe.yaml").is_file():
-        return []
-    evaluations = RunData.read(source).evaluations
+    evaluations = [] if run is None else RunData.read(run).evaluations
     return [] if not evaluations else list(dict.fromkeys(evaluations[-1].prompts))[:HELD_OUT]
 
 
-def _refuse_targets(targets: Targets, slot_tokens: Any) -> None:
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def _reward_model(
+    path: Path,
+    folder: Path,
+    trained: Trained,
+    model: TextRewardModel,
+    texts: Sequence[str],
+    targets: Targets,
+    slot_tokens: SlotTokens,
+    keep_heads: bool,
+) -> Export:
     if targets is not None or slot_tokens is not None:
-        raise ConfigError(
-            "this model was not trained to be asked for a reward, so no target can be built in; leave "
-            f"{'--target-reward' if targets is not None else '--slot-token'} out to write it as it is"
-        )
-
-
-def _opening(
-    policy: TextPolicy,
-    conditioner: Conditioner,
-    targets: Targets,
-    texts: Sequence[str],
-    slot_tokens: str | int | Sequence[str | int] | None,
-) -> tuple[Opening | None, tuple[int, ...]]:
-    """What the tokenizer is to put before every text, and the ids that ask the conditioned model for the same."""
-    if targets is None:
-        ranges = "; ".join(
-            f"{name} was {seen.range[0]:g} to {seen.range[1]:g} in training"
-            for name, seen in zip(conditioner.names, conditioner.seen, strict=True)
-        )
-        raise ConfigError(
-            f"the model is asked for a reward, so an export needs a target: --target-reward NUMBER"
-            f"{' or NAME=NUMBER' if len(conditioner.names) > 1 else ''} ({ranges})"
-        )
-    tokenizer = policy.tokenizer
-    check_fast(tokenizer)
-    asked = conditioner.prefix(targets)
-    if conditioner.config.mechanism == "text":
-        if slot_tokens is not None:
-            raise ConfigError("this model reads its target as text, which needs no slot token; leave --slot-token out")
-        if not asked:
-            return None, ()
-        text = str(tokenizer.decode(list(asked), clean_up_tokenization_spaces=False))
-        tokens = tuple(tokenizer.convert_ids_to_tokens(list(asked)))
-        return Opening(ids=asked, tokens=tokens, text=text, after_bos=conditioner.bos_id), asked
-    slots = _slots(policy, conditioner, targets, asked, texts, slot_tokens)
-    names = tuple(slot.name for slot in slots)
-    return Opening(ids=tuple(slot.row for slot in slots), tokens=names, text="".join(names), slots=slots), asked
-
-
-def _slots(
-    policy: TextPolicy,
-    conditioner: Conditioner,
-    targets: Targets,
-    asked: Sequence[int],
-    texts: Sequence[str],
-    slot_tokens: str | int | Sequence[str | int] | None,
-) -> tuple[SlotToken, ...]:
-    tokenizer = policy.tokenizer
-    labels = _labels(conditioner, targets, tokenizer)
-    needed = needed_ids(tokenizer, policy.sampler.eos_ids)
-    for text in texts:
-        for token_id in tokenizer(text, verbose=False)["input_ids"]:
-            needed.setdefault(token_id, f"the text {text!r:.60} needs it")
-    if slot_tokens is not None:
-        names = [slot_tokens] if isinstance(slot_tokens, str | int) else list(slot_tokens)
-        return tuple(named_slots(tokenizer, names, labels, needed=needed))
-    rows = int(policy.policy.input_embedding.weight.shape[0])
-    append = conditioner.config.mechanism == "token"
-    found = free_slots(tokenizer, labels, rows=rows, needed=needed, append=append)
-    if len(found) < len(labels):
-        raise ModelError(_no_free_row(policy, asked, texts, needed, missing=(len(labels), len(found))))
-    return tuple(found)
-
-
-def _labels(conditioner: Conditioner, targets: Targets, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Names for the slots' tokens, such as ``<|reward=0.9|>``, none of which the tokenizer has."""
-    vocabulary = set(tokenizer.get_vocab())
-    labels: list[str] = []
-    for name, value in zip(conditioner.names, conditioner.values(targets), strict=True):
-        plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
-        label = first = f"{plain}={'open' if value is None else f'{value:g}'}"
-        number = 2
-        while f"<|{label}|>" in vocabulary:
-            label, number = f"{first}#{number}", number + 1
-        labels.append(f"<|{label}|>")
-        vocabulary.add(labels[-1])
-    return labels
-
-
-def _no_free_row(
-    policy: TextPolicy,
-    asked: Sequence[int],
-    texts: Sequence[str],
-    needed: Mapping[int, str],
-    *,
-    missing: tuple[int, int],
-) -> str:
-    """What to do about it, with tokens that can be named."""
-    special, ordinary = dispensable(policy.tokenizer, needed)
-    likely = highest_logprobs(policy.policy, _asked(policy, asked, texts)) if ordinary else None
-    rare = sorted(ordinary, key=lambda i: float(likely[i]))[:SHOWN] if likely is not None else []
-    pieces = {i: token for token, i in policy.tokenizer.get_vocab().items()}
-
-    def shown(ids: Sequence[int]) -> str:
-        return ", ".join(f"{pieces[i]!r} (id {i})" for i in ids)
-
-    proposals = []
-    if special:
-        proposals.append(f"special tokens that nothing here uses: {shown(special[:SHOWN])}")
-    if rare:
-        proposals.append(f"ordinary ones that the model finds unlikely: {shown(rare)}")
-    wanted, found = missing
-    return (
-        f"the model's vocabulary has {found or 'no'} free row{'s' if found > 1 else ''} for {wanted} reward "
-        f"slot{'' if wanted == 1 else 's'}. Name a token for each that your texts never hold, by --slot-token TOKEN or "
-        f"its id. {'Candidates: ' + '; '.join(proposals) if proposals else 'This vocabulary can do without none'}"
+        option = "--target-reward" if targets is not None else "--slot-token"
+        raise ConfigError(f"a reward model gives scores and is asked for none; leave {option} out")
+    _refuse_heads(keep_heads)
+    facts, found = write_reward_model(path, model, texts)
+    notes = ["gain and bias are in the head, so the logit is the score"]
+    if facts.offset:
+        notes = [f"its head has no bias, so the score is the logit plus {facts.offset:g} (tropism_reward_offset)"]
+    if facts.normalised is None:
+        notes.append("its scores have no known scale: compare them with each other alone")
+    return Export(
+        folder=folder,
+        kind="reward-model",
+        step=trained.step,
+        checkpoint=trained.checkpoint,
+        notes=(*_merged(model.model.model), *notes),
+        found=found,
     )
 
 
-def _asked(policy: TextPolicy, prefix: Sequence[int], texts: Sequence[str]) -> list[tuple[int, ...]]:
-    """The texts' ids after what asks for the target, as far as they fit the context."""
-    assert policy.conditioner is not None
-    ids = [policy.tokenizer(text, verbose=False)["input_ids"] for text in texts]
-    return [policy.conditioner.apply(row, prefix)[: policy.policy.context_length] for row in ids]
+def _policy(
+    path: Path,
+    folder: Path,
+    trained: Trained,
+    policy: TextPolicy,
+    texts: Sequence[str],
+    targets: Targets,
+    slot_tokens: SlotTokens,
+    keep_heads: bool,
+) -> Export:
+    conditioner = policy.conditioner
+    opening: Opening | None = None
+    slot_ids: tuple[int, ...] = ()
+    if conditioner is None:
+        refuse_targets(targets, slot_tokens)
+    else:
+        targets = conditioner.default if targets is None else targets
+        opening, slot_ids = opening_for(policy, conditioner, targets, texts, slot_tokens)
+    notes = (*_merged(policy.policy.model), *_heads(policy, trained, keep_heads))
+    slots = () if opening is None else opening.slots
+    unlikely = None
+    if any(slot.kind == "appended" for slot in slots):
+        unlikely = int(highest_logprobs(policy.policy, asked_ids(policy, slot_ids, texts)).argmin())
+    plain = baked_model(policy.policy, slots, slot_ids if slots else (), unlikely=unlikely)
+    plain.config.name_or_path = ""  # a private path, more often than not
+    tokenizer = policy.tokenizer if opening is None else with_opening(policy.tokenizer, opening)
+    heads = policy.policy.q_heads if keep_heads else None
+
+    def complete(inside: Path) -> None:
+        if opening is not None:
+            write_opening(inside, policy.tokenizer, opening)
+        if heads is not None:
+            write_q_heads(inside, heads)
+
+    settings = {} if heads is None else {Q_MARK: len(heads.q)}
+    save_plain(plain, tokenizer, path, settings=settings, beside=complete)
+    found = verify(path, policy, slot_ids, opening, texts)
+    if heads is not None:
+        _verify_heads(path, policy)
+    return Export(
+        folder=folder,
+        kind="policy",
+        mechanism=None if conditioner is None else conditioner.config.mechanism,
+        targets={} if conditioner is None else _named(conditioner, targets),
+        slots=slots,
+        step=trained.step,
+        checkpoint=trained.checkpoint,
+        heads_kept=heads is not None,
+        notes=notes,
+        found=found,
+    )
 
 
-# After ----------------------------------------------------------------------------------------------------------------
+def _named(conditioner: Conditioner, targets: Targets) -> dict[str, float | None]:
+    return dict(zip(conditioner.names, conditioner.values(targets), strict=True))
 
 
-def _describe(path: Path, export: Export, source: str) -> None:
-    """Write the model card, and what a program may want to know of the folder."""
-    facts = {
+def _merged(model: Any) -> tuple[str, ...]:
+    return ("the adapter is merged into the weights",) if isinstance(model, PeftModel) else ()
+
+
+def _heads(policy: TextPolicy, trained: Trained, keep: bool) -> list[str]:
+    """What becomes of the heads that a method trains beside the language model."""
+    if policy.policy.q_heads is None:
+        _refuse_heads(keep)
+    elif keep:
+        return [
+            "the Q heads are kept beside the plain files: tropism steers by them with beta, other programs ignore them"
+        ]
+    else:
+        return [
+            "the Q heads are left out, so there is no beta to steer with: what is left is the language model below "
+            "them, which is close to its base. --keep-heads keeps them beside the plain files, for tropism"
+        ]
+    critic = policy.policy.value_head is not None or _trained_a_critic(trained.run)
+    return ["the value head (PPO's critic) is left out; only training needs it"] if critic else []
+
+
+def _refuse_heads(keep: bool) -> None:
+    if keep:
+        raise ConfigError("--keep-heads keeps the Q heads of ilql, and this model has none; leave it out")
+
+
+def _trained_a_critic(run: Path | None) -> bool:
+    algorithm = None if run is None else read_yaml(run / RECIPE).get("algorithm")
+    return isinstance(algorithm, Mapping) and method_named(algorithm.get("name")).needs_value_head
+
+
+@torch.no_grad()
+def _verify_heads(path: Path, policy: TextPolicy) -> None:
+    """Whether the heads that lie in the folder are those of the policy, bit for bit."""
+    config = SimpleNamespace(**read_object(path / CONFIG))
+    own, saved = policy.policy.q_heads, read_q_heads(str(path), config)
+    if own is None or saved is None:
+        raise differs("its config.json does not name the Q heads")
+    loaded = saved.load(hidden_size=own.hidden_size, vocabulary=own.vocabulary).state_dict()
+    for name, value in own.state_dict().items():
+        if not torch.equal(value.cpu(), loaded[name]):
+            raise differs(f"the Q heads' {name} is another")
+
+
+def _facts(export: Export) -> dict[str, Any]:
+    """What a program may want to know of the folder."""
+    return {
         "tropism": __version__,
+        "kind": export.kind,
+        "step": export.step,
         "mechanism": export.mechanism,
         "targets": dict(export.targets),
         "slots": [asdict(slot) for slot in export.slots],
+        "notes": list(export.notes),
         "verified": asdict(export.found),
     }
-    (path / MARK).write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
-    (path / "README.md").write_text(_model_card(export, source), encoding="utf-8")
-
-
-def _model_card(export: Export, source: str) -> str:
-    base, found = _base_of(source), export.found
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [tropism]"]
-    if base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
-        lines.append(f"base_model: {base}")
-    lines += ["---", "", f"# {export.folder.name}", ""]
-    origin = "" if base is None else f", from `{Path(base).name if Path(base).exists() else base}`"
-    lines.append(f"A language model trained with tropism{origin}.")
-    if export.mechanism is not None:
-        asked = ", ".join(f"{n} {'left open' if v is None else f'{v:g}'}" for n, v in export.targets.items())
-        lines += [
-            f"It was trained to be asked for a reward (mechanism `{export.mechanism}`); this copy has one target built",
-            f"in: **{asked}**. The tokenizer puts what asks for it before every text by itself, so there is nothing to",
-            "add to a prompt.",
-        ]
-    load = f'"{export.folder.name}"'
-    lines += [
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f"tokenizer = AutoTokenizer.from_pretrained({load})",
-        f"model = AutoModelForCausalLM.from_pretrained({load})",
-        'inputs = tokenizer("The film was", return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))",
-        "```",
-        "",
-    ]
-    for slot in export.slots:
-        lines.append(f"- Row {slot.row} of the vocabulary ({slot.kind}), the special token `{slot.name}`, is a slot.")
-    if export.slots:
-        lines.append("- Input and output embeddings are apart; `generation_config.json` suppresses the slots' tokens.")
-    lines += [
-        f"- Verified when it was written: on {found.texts} texts no logit differs by more than"
-        f" {found.largest_difference:.1e} (largest logit {found.largest_logit:.1f}, weights in {found.dtype}), and"
-        f" {found.greedy_texts} greedy completions are equal.",
-        f"- Written by tropism {__version__}" + (f": `{_command(export, source)}`" if source else "") + ".",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _base_of(source: str) -> str | None:
-    """The model that a run started from, where its recipe can say so."""
-    recipe = Path(source) / "recipe.yaml"
-    if not source or not recipe.is_file():
-        return None
-    model = read_yaml(recipe).get("model")
-    name = model.get("name") if isinstance(model, Mapping) else model
-    return name if isinstance(name, str) and not name.startswith("<") else None
-
-
-def _command(export: Export, source: str) -> str:
-    asked = {name: value for name, value in export.targets.items() if value is not None}
-    words = [f"{name}={value:g}" if len(export.targets) > 1 else f"{value:g}" for name, value in asked.items()]
-    named = [str(slot.row) for slot in export.slots if slot.kind == "named"]
-    options = [("--target-reward", word) for word in words] + [("--slot-token", row) for row in named]
-    return shlex.join(["tropism", "export", source, *chain(*options), "--out", str(export.folder)])

@@ -9,8 +9,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from tropism.best_of import BestCompletion, best_completions, text_of
+from tropism.data.encoding import room_for_prompt
 from tropism.data.prompts import make_prompts
 from tropism.errors import ConfigError, ModelError
+from tropism.export_hub import check_repository, push_folder
 from tropism.models.conditioning import RewardSlots, make_slots
 from tropism.models.conditioning_files import MARK, write_conditioning
 from tropism.models.loading import LoadedModel, ModelConfig, load_model
@@ -80,17 +82,16 @@ class TextPolicy:
 
         Args:
             repository: ``user/name``.
-            token: None takes the one that ``hf auth login`` left.
-        """
-        from huggingface_hub import HfApi
+            token: None takes the one in HF_TOKEN, or the one that ``hf auth login`` left.
 
-        hub = HfApi(token=token)
+        Raises:
+            TropismError: no such repository can be, or the hub cannot be reached or refuses the token.
+        """
+        check_repository(repository)
         with TemporaryDirectory() as temporary:
-            folder = Path(temporary) / "model"
+            folder = Path(temporary) / repository.rpartition("/")[2]
             self.save_pretrained(folder)
-            hub.create_repo(repository, private=private, exist_ok=True)
-            commit = hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Model from tropism")
-        return str(commit.repo_url)
+            return push_folder(folder, repository, private=private, token=token)
 
     def generate(
         self,
@@ -213,11 +214,9 @@ class TextPolicy:
     def _room(self, sampling: Sampling) -> int | None:
         """Most tokens of a prompt."""
         limit = self.policy.context_length
-        if limit is None:
-            return None
         taken = 0 if self.conditioner is None else self.conditioner.width
-        room = limit - sampling.max_new_tokens - taken
-        if room < 1:
+        room = room_for_prompt(self.tokenizer, limit, new=sampling.max_new_tokens, taken=taken)
+        if room is not None and room < 1:
             before = f" and {taken} for what asks for the rewards" if taken else ""
             raise ConfigError(
                 f"max_new_tokens={sampling.max_new_tokens}{before} leave no room for a prompt in the model's context "

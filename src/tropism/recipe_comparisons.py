@@ -165,7 +165,7 @@ class NormalisationSamples:
         """
         if self._prompts is None:
             source, config = source_and_settings(self.settings.data)
-            room = prompt_room(self.recipe, Policy(loaded.model).context_length)
+            room = prompt_room(self.recipe, loaded.tokenizer, Policy(loaded.model).context_length)
             given = self._judged_prompts() if source is None else source
             self._prompts = make_prompts(given, loaded.tokenizer, config, max_length=room)
         return self._prompts

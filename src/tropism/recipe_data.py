@@ -11,6 +11,7 @@ from tropism.algorithms.base import Reads
 from tropism.config import Recipe
 from tropism.data.config import DataConfig
 from tropism.data.demonstrations import Demonstration, read_demonstrations
+from tropism.data.encoding import room_for_prompt
 from tropism.data.episodes import first_turns
 from tropism.data.prompts import make_prompts
 from tropism.data.readers import Record, locate_records
@@ -64,7 +65,7 @@ def prompts_of(
     Raises:
         TropismError: unusable data, or a prompt that leaves no room for the completion.
     """
-    room = prompt_room(recipe, context_length, taken=taken)
+    room = prompt_room(recipe, tokenizer, context_length, taken=taken)
 
     def read(source: Any, settings: DataConfig | None, **options: Any) -> list[Prompt]:
         if recipe.algorithm.reads == "episodes":
@@ -151,12 +152,12 @@ def scored_of(
     return parted
 
 
-def prompt_room(recipe: Recipe, context_length: int | None, *, taken: int = 0) -> int | None:
+def prompt_room(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context_length: int | None, *, taken: int = 0
+) -> int | None:
     """Most tokens that a prompt may have beside its completion and ``taken`` further ones."""
-    if context_length is None:
-        return None
-    room = context_length - recipe.sampling.max_new_tokens - taken
-    if room < 1:
+    room = room_for_prompt(tokenizer, context_length, new=recipe.sampling.max_new_tokens, taken=taken)
+    if room is not None and room < 1:
         before = f" and {taken} for what asks for the rewards" if taken else ""
         raise ConfigError(
             f"sampling.max_new_tokens={recipe.sampling.max_new_tokens}{before} leaves no room for a prompt in the "

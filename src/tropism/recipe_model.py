@@ -22,6 +22,7 @@ from tropism.models.policy import Policy
 from tropism.models.q_heads import QHeads
 from tropism.models.reward_files import facts_of_source, load_reward_body
 from tropism.models.reward_model import RewardModel
+from tropism.models.trunk import FrozenTrunk
 from tropism.targets.conditioner import Conditioner
 
 logger = logging.getLogger("tropism")
@@ -82,9 +83,24 @@ def policy_of(recipe: Recipe) -> tuple[LoadedModel, Policy]:
     q_heads = _q_heads_of(recipe, loaded) if recipe.algorithm.needs_q_heads else None
     # First, as it refuses a family that cannot be used.
     policy = Policy(model, value_head=head, q_heads=q_heads, conditioning=slots)
+    if policy.encoder_decoder:
+        _check_prompt_is_read_only(recipe)
     if recipe.train_layers is not None:
         train_last_layers(model, recipe.train_layers)
+        FrozenTrunk.attach(policy, recipe.train_layers)
     return replace(loaded, model=model), policy
+
+
+def _check_prompt_is_read_only(recipe: Recipe) -> None:
+    """Refuses a method that learns the prompt's tokens, which an encoder does not predict."""
+    method = recipe.algorithm
+    why = (
+        f"the model is an encoder-decoder, whose encoder predicts no tokens, so {method.name} cannot learn the prompt: "
+    )
+    if getattr(method, "completion_only", True) is False:
+        raise ConfigError(f"{why}leave algorithm.completion_only out")
+    if getattr(method, "prompt_loss_weight", 0.0) > 0:
+        raise ConfigError(f"{why}set algorithm.prompt_loss_weight to 0")
 
 
 def conditioner_of(recipe: Recipe, loaded: LoadedModel) -> Conditioner | None:

@@ -18,6 +18,7 @@ from tropism import __version__
 from tropism.data.columns import other_columns
 from tropism.data.config import DataConfig
 from tropism.data.demonstrations import FINISH_REASON, encode_parts, layout_of, texts_of
+from tropism.data.encoding import room_for_prompt
 from tropism.data.order import fingerprint
 from tropism.data.prompts import make_prompts
 from tropism.data.readers import Record, locate_records
@@ -230,7 +231,7 @@ class _Sampled:
         _check_target(conditioner, target_reward)
         self.target = None if conditioner is None else conditioner.values(target_reward)
         limit, taken = self.policy.policy.context_length, 0 if conditioner is None else conditioner.width
-        room = None if limit is None else limit - self.sampling.max_new_tokens - taken
+        room = room_for_prompt(self.policy.tokenizer, limit, new=self.sampling.max_new_tokens, taken=taken)
         self.prompts = make_prompts(data, self.policy.tokenizer, config, max_length=room)
         self.asked: Sequence[Prompt] = self.prompts
         if conditioner is not None:

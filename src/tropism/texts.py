@@ -1,10 +1,26 @@
-"""Texts: the plain text of strings and chat messages, and the one token that stands for a text."""
+"""Texts: the plain text of strings and chat messages, the one token that stands for a text, whose tokenizer it is."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from tropism.errors import ConfigError
+
+_DECODER_PREFIX = "tropism_decoder_prefix"
+
+
+def tell_decoder_prefix(tokenizer: Any, prefix: tuple[int, ...] | None) -> None:
+    """Note on a tokenizer whose model it belongs to: what ``decoder_prefix_of`` says from now on."""
+    setattr(tokenizer, _DECODER_PREFIX, prefix)
+
+
+def decoder_prefix_of(tokenizer: Any) -> tuple[int, ...] | None:
+    """Of an encoder-decoder's tokenizer what its decoder begins every completion with; None of any other.
+
+    Prompts and completions of such a model are encoded apart, each as a text of its own with its special tokens.
+    Loading a model tells its tokenizer (``load_model``): all that reads texts is given the tokenizer, not the model.
+    """
+    return getattr(tokenizer, _DECODER_PREFIX, None)
 
 
 def plain_text(text: str | list[dict[str, Any]]) -> str:

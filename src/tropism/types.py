@@ -176,11 +176,33 @@ def _stack(values: Sequence[Tensor], *, left: bool) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Filtering:
+    """What is taken out of the model's distribution where the policy is what remains; the defaults take nothing out.
+
+    The penalty comes before the temperature, the rest after it, in this order.
+    """
+
+    repetition_penalty: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    @classmethod
+    def of(cls, sampling: Any) -> Filtering | None:
+        """What settings of sampling (``rollouts.config.Sampling``) take out of what is trained; None: nothing."""
+        if sampling.policy_distribution == "tempered":
+            return None
+        kept = cls(**{f.name: getattr(sampling, f.name) for f in fields(cls)})
+        return None if kept == cls() else kept
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rollouts(Tokens):
     """Sampled completions. The completions of one prompt are contiguous (a group)."""
 
     logprobs: Tensor
-    """[B, T] log-prob of each sampled token under the tempered, unfiltered distribution; 0 beyond the end."""
+    """[B, T] log-prob of each sampled token under the tempered, unfiltered distribution (under the filtered one where
+    ``filtering`` says so); 0 beyond the end."""
     behaviour_logprobs: Tensor
     """[B, T] the same under the distribution that was sampled from (after top-k, top-p, filters); 0 beyond the end."""
     finish_reasons: tuple[FinishReason, ...]
@@ -189,6 +211,8 @@ class Rollouts(Tokens):
     """[B, T] the critic's value before each token, as it was while sampling; None where the policy has no critic."""
     temperature: float = 1.0
     """Softmax temperature at which ``logprobs`` hold."""
+    filtering: Filtering | None = None
+    """Of the distribution that ``logprobs`` are about; None: the unfiltered one."""
     visible_lengths: Tensor | None = None
     """[B] how many tokens of each completion rewards see, where more are trained (``Truncation.beyond: train``); None:
     all of them."""
@@ -308,6 +332,8 @@ class PolicyBatch(Batch):
     """[B, T] factor of each token's policy loss where sampling and training differ; None: no correction."""
     temperature: float = 1.0
     """At which all log-probs here hold."""
+    filtering: Filtering | None = None
+    """Of the distribution that all log-probs here are about; None: the unfiltered one."""
 
     @classmethod
     def of(cls, rollouts: Rollouts, *, loss_mask: Tensor | None = None, **columns: Tensor) -> PolicyBatch:
@@ -318,7 +344,13 @@ class PolicyBatch(Batch):
         for name in ("advantages", "returns", "old_values"):
             columns.setdefault(name, zeros)
         mask = rollouts.completion_mask if loss_mask is None else loss_mask
-        return cls(**rollouts.inputs, loss_mask=mask, temperature=rollouts.temperature, **columns)
+        return cls(
+            **rollouts.inputs,
+            loss_mask=mask,
+            temperature=rollouts.temperature,
+            filtering=rollouts.filtering,
+            **columns,
+        )
 
 
 Sums = dict[str, Tensor]

@@ -46,9 +46,18 @@ def test_k1_is_part_of_the_reward() -> None:
     assert set(built(config).loss(Numbers(NEW), batch)[0]) == {"policy"}
 
 
-def test_rewards_per_token_are_summed() -> None:
-    per_token = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 0.0]])
-    batch = make_batch(GRPO(**PLAIN, scale="none"), rewards(0.0, 10.0, per_token=per_token))
+PER_TOKEN = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 0.0]])
+
+
+def test_rewards_per_token_count_for_the_tokens_up_to_them() -> None:
+    batch = make_batch(GRPO(**PLAIN, scale="none"), rewards(0.0, 10.0, per_token=PER_TOKEN))
+    # To go: 6, 5, 3 and 19, 15 (10 after its end); at each place less the mean of both.
+    close(batch.advantages, [[-6.5, -5.0, -3.5], [6.5, 5.0]])
+
+
+@pytest.mark.parametrize("change", [{"credit": "completion"}, {"ratio": "sequence"}])
+def test_rewards_per_token_are_summed_where_whole_completions_are_judged(change: dict[str, Any]) -> None:
+    batch = make_batch(GRPO(**PLAIN, scale="none", **change), rewards(0.0, 10.0, per_token=PER_TOKEN))
     close(batch.advantages, [[-6.5] * 3, [6.5] * 2])
 
 

@@ -6,7 +6,8 @@ import json
 import re
 import stat
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -99,11 +100,11 @@ def test_what_a_stranger_finds(run: Path, tmp_path: Path) -> None:
     assert main(["export", str(run), "--target-reward", "warmth=0.5", "--out", str(tmp_path / "out")]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-        "tokenizer_config.json", "tropism_export.json",
+        "tokenizer_config.json", "training.png", "tropism_export.json",
     ]  # fmt: skip
     card = (tmp_path / "out" / "README.md").read_text()
     assert "**warmth 0.5, length left open**" in card and "mechanism `linear`" in card
-    assert f"`tropism export {run} --target-reward warmth=0.5 --out {tmp_path / 'out'}`" in card
+    assert "\ntropism export warm --target-reward warmth=0.5 --out out\n" in card
     code = re.search(r"```python\n(.*?)```", card, flags=re.S)
     assert code
     exec(compile(code[1].replace('"out"', repr(str(tmp_path / "out"))), "card", "exec"), {})
@@ -198,3 +199,116 @@ def test_half_precision_weights_are_not_rounded_twice(tmp_path: Path, capsys: Ca
     model = loaded(tmp_path / "out")
     assert model.dtype == torch.bfloat16
     assert torch.equal(model.lm_head.weight, policy.policy.language_model.lm_head.weight)
+
+
+# Beside the folder ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """A model folder without anything to be asked."""
+    save_policy(Policy(tiny_model("gpt2")), tiny_tokenizer(), None, tmp_path / "model")
+    return tmp_path / "model"
+
+
+class Hub:
+    """A hub that takes what it is given, or refuses it."""
+
+    given: ClassVar[list[Any]] = []
+    failure: ClassVar[Exception | None] = None
+
+    def __init__(self, token: str | None = None) -> None:
+        assert token is None, "tokens are never on a command line"
+
+    def create_repo(self, repository: str, *, private: bool, exist_ok: bool) -> None:
+        if self.failure is not None:
+            raise self.failure
+        self.given.append((repository, private, exist_ok))
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> Any:
+        self.given.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir()), commit_message))
+        return SimpleNamespace(repo_url=f"https://hub/{repo_id}")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
+    fresh = type("FreshHub", (Hub,), {"given": []})
+    monkeypatch.setattr("huggingface_hub.HfApi", fresh)
+    return fresh
+
+
+def test_an_export_is_uploaded(plain: Path, hub: type[Hub], tmp_path: Path, capsys: Captured) -> None:
+    out = tmp_path / "out"
+    assert main(["export", str(plain), "--out", str(out), "--push-to-hub", "ada/warm", "--private"]) == 0
+    assert hub.given[0] == ("ada/warm", True, True)
+    assert hub.given[1][0] == "ada/warm" and hub.given[1][1] == sorted(path.name for path in out.iterdir())
+    assert "README.md" in hub.given[1][1]
+    assert "uploaded: https://hub/ada/warm" in capsys.readouterr().out
+
+
+def test_a_hub_that_refuses_leaves_the_folder(plain: Path, hub: type[Hub], tmp_path: Path, capsys: Captured) -> None:
+    hub.failure = ConnectionError("no route to host")
+    assert main(["export", str(plain), "--out", str(tmp_path / "out"), "--push-to-hub", "ada/warm"]) == 2
+    captured = capsys.readouterr()
+    assert "written: " in captured.out
+    assert captured.err.count("error: ") == 1 and "Traceback" not in captured.err
+    assert "cannot be reached (no route to host)" in captured.err
+    assert f"The folder stays as it is; upload it later with: hf upload ada/warm {tmp_path / 'out'}" in captured.err
+    assert loaded(tmp_path / "out") is not None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--push-to-hub", "warm"], "'warm' is no repository of the hub: give USER/NAME"),
+        (["--private"], "--private is about the repository that --push-to-hub USER/NAME makes"),
+        (["--gguf", "q4_k_m"], "'q4_k_m' is no kind of weights"),
+        (["--gguf-converter", "x"], "--gguf-converter is for --gguf"),
+        (["--step", "3"], "is no run folder"),
+        (["--best"], "is no run folder .* leave --best out"),
+        (["--keep-heads"], "this model has none; leave it out"),
+        (["--base", "demo"], "--base is for checkpoints and adapters"),
+    ],
+)
+def test_what_does_not_go_together(
+    words: list[str], message: str, plain: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    assert main(["export", str(plain), "--out", str(tmp_path / "out"), *words]) == 2
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
+    assert not (tmp_path / "out").exists()
+
+
+def test_gguf_by_a_converter_on_the_path(
+    plain: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs, out = tmp_path / "programs", tmp_path / "out"
+    programs.mkdir()
+    (programs / "convert_hf_to_gguf.py").write_text(
+        "import struct, sys\n"
+        "assert sys.argv[2] == '--outfile' and sys.argv[4:] == ['--outtype', 'f16'], sys.argv\n"
+        "open(sys.argv[3], 'wb').write(b'GGUF' + struct.pack('<IQQ', 3, 0, 0))\n"
+    )
+    monkeypatch.setenv("PATH", str(programs))
+    for words in (["--gguf", "--out", str(out)], ["--out", str(out), "--gguf"], ["--out", str(out), "--gguf", "f16"]):
+        assert main(["export", str(plain), *words]) == 0
+        assert f"written: {out / 'out-f16.gguf'} (by convert_hf_to_gguf.py" in capsys.readouterr().out
+        assert "`out-f16.gguf` holds the same model for llama.cpp" in (out / "README.md").read_text()
+    assert main(["export", "--gguf", str(plain), "--out", str(out)]) == 0, "the source may follow it"
+
+
+def test_gguf_without_a_converter(
+    plain: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert main(["export", str(plain), "--out", str(tmp_path / "out"), "--gguf", "--push-to-hub", "ada/warm"]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"the plain folder {tmp_path / 'out'} is whole, but no GGUF file was made of it" in message
+    assert "git clone --depth 1 https://github.com/ggml-org/llama.cpp" in message
+    assert loaded(tmp_path / "out") is not None
+
+
+def test_help_says_what_it_does(capsys: Captured) -> None:
+    assert main(["export", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in ("--step", "--best", "--base", "--keep-heads", "--gguf", "--push-to-hub", "--private", "--out PATH"):
+        assert words in shown

@@ -23,7 +23,7 @@ TEXTS = [
 class Fixed:
     """Log-probs -1 -2 of the first text, and -4 of the second."""
 
-    def logprobs(self, tokens: Any, *, temperature: float) -> Tensor:
+    def logprobs(self, tokens: Any, *, temperature: float, filtering: Any = None) -> Tensor:
         return torch.tensor([[-1.0, -2.0], [-4.0, -100.0]])
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tiny_runs import ALL_SETTINGS, PARTIAL_SETTINGS, Setting, assemble, execute, logged, sample
+from tiny_runs import ALL_SETTINGS, PARTIAL_SETTINGS, SEQ2SEQ_SETTINGS, Setting, assemble, execute, logged, sample
 from tropism.models.reference import Reference
+from tropism.rewards import RewardConfig
 
-ON_POLICY_SETTINGS = [s for s in ALL_SETTINGS if s.on_policy]
+ON_POLICY_SETTINGS = [s for s in ALL_SETTINGS + SEQ2SEQ_SETTINGS if s.on_policy]
+EVERY_SETTING = [s for s in ALL_SETTINGS + PARTIAL_SETTINGS + SEQ2SEQ_SETTINGS if s.trains_policy]
 
 
-@pytest.mark.parametrize("setting", [s for s in ALL_SETTINGS + PARTIAL_SETTINGS if s.trains_policy], ids=str)
+@pytest.mark.parametrize("setting", EVERY_SETTING, ids=str)
 def test_policy_and_reference_agree_bit_for_bit(setting: Setting, tmp_path: Path) -> None:
     assembly = assemble(setting, tmp_path / "run")
     rollouts = sample(assembly)
@@ -26,10 +29,17 @@ def test_policy_and_reference_agree_bit_for_bit(setting: Setting, tmp_path: Path
     assert torch.equal(own, other)
 
 
+def in_order(completions: list[str]) -> list[float]:
+    """A reward that is another one for every completion."""
+    return [float(index) for index in range(len(completions))]
+
+
 @pytest.mark.parametrize("setting", ON_POLICY_SETTINGS, ids=str)
 def test_first_update_logs_ratio_one_and_no_kl(setting: Setting, tmp_path: Path) -> None:
-    algorithm = setting.with_algorithm(num_epochs=1, minibatch_size=None)
-    execute(assemble(setting, tmp_path / "run", algorithm=algorithm, trainer={"recompute_logprobs": True}))
+    changes: dict[str, Any] = {"algorithm": setting.with_algorithm(num_epochs=1, minibatch_size=None)}
+    if setting.two_sided:  # rows of equal rewards would be left out, and products have other sizes
+        changes["reward"] = RewardConfig.of(in_order)
+    execute(assemble(setting, tmp_path / "run", trainer={"recompute_logprobs": True}, **changes))
     first = logged(tmp_path / "run", "update")[0]
     assert first["policy/ratio"] == 1.0
     assert first["policy/approx_kl"] == 0.0

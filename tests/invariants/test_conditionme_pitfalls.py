@@ -24,7 +24,7 @@ from tropism.cli import main
 from tropism.errors import ConfigError
 from tropism.generation import TextPolicy
 from tropism.models import sampling_model
-from tropism.models.policy import join
+from tropism.models.layout import join
 from tropism.ops.slots import slot_id
 from tropism.rewards import RewardConfig
 from tropism.rollouts.config import Sampling

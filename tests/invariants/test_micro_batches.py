@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tiny_runs import ALL_SETTINGS, JUDGED, METHODS, PARTIAL_SETTINGS, Setting, assemble
+from tiny_runs import ALL_SETTINGS, JUDGED, METHODS, PARTIAL_SETTINGS, SEQ2SEQ_SETTINGS, Setting, assemble
 from tropism.algorithms import GRPO, PPO, RLOO, AlgorithmConfig, Critic, KLControl, RewardModeling
 from tropism.build import Assembly
 from tropism.types import Batch, Metrics
@@ -73,7 +73,7 @@ def assert_independent_of_split(assembly: Assembly) -> None:
             torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("setting", ALL_SETTINGS + PARTIAL_SETTINGS, ids=str)
+@pytest.mark.parametrize("setting", ALL_SETTINGS + PARTIAL_SETTINGS + SEQ2SEQ_SETTINGS, ids=str)
 def test_every_method(setting: Setting, tmp_path: Path) -> None:
     changes = {"minibatch_size": None} if setting.on_policy else {}
     assert_independent_of_split(assemble(setting, tmp_path / "run", algorithm=setting.with_algorithm(**changes)))

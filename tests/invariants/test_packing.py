@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tiny_models import tiny_model
-from tropism.models.policy import Padding, Policy, join
+from tropism.models.layout import Padding, join
+from tropism.models.policy import Policy
 from tropism.models.rows import lay_out
 from tropism.types import Tokens, first_with_same_prompt, pad_rows
 

@@ -19,6 +19,7 @@ from tiny_runs import (
     ON_POLICY,
     PARTIAL_SETTINGS,
     PROMPTS,
+    SEQ2SEQ_SETTINGS,
     SETTINGS,
     TEXTS,
     Setting,
@@ -40,6 +41,9 @@ from tropism.training.config import CheckpointConfig, EvaluationConfig
 from tropism.training.interrupt import Interrupted
 from tropism.training.sources import Collected
 from tropism.training.state import optimizer_state
+
+TWO_HALVES = [s for s in SEQ2SEQ_SETTINGS if s.method in ("sft", "ppo", "grpo", "conditioned", "quark", "ilql")]
+"""Encoder-decoders by a method of every kind."""
 
 LLAMA = {name: Setting(name, False, "llama") for name in ("sft", *ON_POLICY)}
 
@@ -88,7 +92,7 @@ def interrupted(setting: Setting, run: Path, updates: int, *, resume: bool = Fal
     assert stopped.trainer.counts.updates == updates
 
 
-@pytest.mark.parametrize("setting", SETTINGS + PARTIAL_SETTINGS, ids=str)
+@pytest.mark.parametrize("setting", SETTINGS + PARTIAL_SETTINGS + TWO_HALVES, ids=str)
 def test_interrupted_after_any_update(setting: Setting, tmp_path: Path) -> None:
     whole = execute(assemble(setting, tmp_path / "whole"))
     assert whole.trainer.counts.updates == UPDATES[setting.method]

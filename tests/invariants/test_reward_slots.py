@@ -18,8 +18,9 @@ from tiny_models import BOS_ID, EOS_ID, FAMILIES
 from tropism.errors import ConfigError
 from tropism.models import sampling_model
 from tropism.models.conditioning import HIDDEN
+from tropism.models.layout import Padding
 from tropism.models.lora import LoRA, add_lora
-from tropism.models.policy import Padding, Policy
+from tropism.models.policy import Policy
 from tropism.ops.slots import slot_id
 from tropism.rollouts.config import Sampling
 from tropism.rollouts.engine import EmbeddedSampler

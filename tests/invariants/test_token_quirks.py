@@ -20,7 +20,8 @@ from tiny_runs import METHODS, ON_POLICY, PROMPTS, TEXTS, Setting, assemble, ass
 from tropism.build import Assembly
 from tropism.data.config import DataConfig
 from tropism.errors import ConfigError, DataError, ModelError
-from tropism.models.loading import load_model, special_tokens
+from tropism.models.loading import load_model
+from tropism.models.special_tokens import special_tokens
 from tropism.rewards import RewardConfig
 from tropism.rollouts.config import Sampling
 from tropism.rollouts.protocol import FilterContext

@@ -15,8 +15,9 @@ from slow_sampling import own_logits
 from tiny_models import FAMILIES, tiny_model
 from tropism.errors import ModelError
 from tropism.models.freezing import train_last_layers
+from tropism.models.layout import Padding
 from tropism.models.lora import LoRA, add_lora
-from tropism.models.policy import Padding, Policy
+from tropism.models.policy import Policy
 from tropism.models.reference import Reference
 from tropism.types import Tokens, pad_rows
 

@@ -17,8 +17,10 @@ from slow_sampling import log_softmax, own_logits, policy_of
 from tiny_models import FAMILIES, tiny_model
 from tropism.errors import ModelError
 from tropism.models.heads import ValueHead
+from tropism.models.layout import Padding, join
 from tropism.models.lora import LoRA, add_lora
-from tropism.models.policy import Padding, Policy, PolicyOutput, join
+from tropism.models.output import PolicyOutput
+from tropism.models.policy import Policy
 from tropism.ops import vocabulary
 from tropism.types import Tokens, pad_rows
 

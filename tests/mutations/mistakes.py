@@ -155,7 +155,7 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     Mistake(
         "attention sees the pads",
-        "models/policy.py",
+        "models/layout.py",
         "mask = (columns >= first_real[:, None]) & (columns < (first_real + total)[:, None])",
         "mask = torch.ones_like((columns >= first_real[:, None]) & (columns < (first_real + total)[:, None]))",
         ("models/test_policy.py",),
@@ -184,7 +184,7 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     Mistake(
         "positions count pads",
-        "models/policy.py",
+        "models/layout.py",
         "positions = (columns - first_real[:, None]).clamp(min=0) * mask",
         "positions = columns.expand_as(mask) * mask",
         ("models/test_policy.py",),
@@ -249,8 +249,15 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "group advantages over the whole batch",
         "ops/advantages.py",
-        "deviations = masked_deviations(groups, scored_groups)\n    match scale:",
-        "deviations = masked_deviations(groups.flatten(), scored_groups.flatten()).view_as(groups)\n    match scale:",
+        "deviations = masked_deviations(places.unflatten(-1, scored_groups.shape), members)",
+        "deviations = masked_deviations(places, members.flatten(1)).unflatten(-1, scored_groups.shape)",
+        ("ops/test_advantages.py",),
+    ),
+    Mistake(
+        "credit for what was paid before a token",
+        "ops/advantages.py",
+        "upcast(token_rewards).flip(-1).cumsum(-1).flip(-1)",
+        "upcast(token_rewards).cumsum(-1)",
         ("ops/test_advantages.py",),
     ),
     Mistake(
@@ -313,8 +320,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "the gradient of log-softmax has the other sign",
         "ops/vocabulary.py",
-        "to_logits.scatter_add_(-1, ids[part, None], scaled[part, None])",
-        "to_logits.scatter_add_(-1, ids[part, None], -scaled[part, None])",
+        "to_logits.scatter_add_(0, ids[None, part], scaled[None, part])",
+        "to_logits.scatter_add_(0, ids[None, part], -scaled[None, part])",
         ("ops/test_vocabulary.py",),
     ),
     # Quark

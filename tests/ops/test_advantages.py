@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, tensor
 
-from tropism.ops import GROUP_STD_EPSILON, gae, group_advantages, leave_one_out_advantages
+from tropism.ops import (
+    GROUP_STD_EPSILON,
+    gae,
+    group_advantages,
+    group_advantages_per_token,
+    leave_one_out_advantages,
+    rewards_to_go,
+)
 
 REWARDS = tensor([[0.0, -0.1, 1.0], [0.05, 0.0, -1.0]])
 VALUES = tensor([[0.1, 0.2, 0.3], [0.0, -0.1, 0.4]])
@@ -218,3 +225,54 @@ def test_group_refusals(function: object) -> None:
 def test_unknown_scale_is_refused() -> None:
     with pytest.raises(ValueError, match="'group', 'batch' or 'none', not 'std'"):
         group_advantages(torch.zeros(4), 2, scale="std")  # type: ignore[arg-type]
+
+
+# ---- credit per token ------------------------------------------------------------------------------------------------
+
+
+def test_rewards_to_go_by_hand() -> None:
+    found = rewards_to_go(tensor([10.0, 0.0]), tensor([[1.0, 0.0, 2.0], [-1.0, 4.0, 0.0]]))
+    assert found.tolist() == [[13, 12, 12], [3, 4, 0]]
+
+
+def test_credit_per_token_by_hand() -> None:
+    # Two completions of one prompt: what they still earn at each place, and its mean: (2, 1.5, 0).
+    to_go = tensor([[3.0, 3.0, 0.0], [1.0, 0.0, 0.0]])
+    plain = group_advantages_per_token(to_go, 2, scale="none")
+    assert plain.tolist() == [[1, 1.5, 0], [-1, -1.5, 0]]
+    # Unbiased deviations by place: sqrt(2), sqrt(4.5), 0; the largest divides all places.
+    scaled = group_advantages_per_token(to_go, 2, scale="group")
+    torch.testing.assert_close(scaled, plain / (math.sqrt(4.5) + GROUP_STD_EPSILON))
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_credit_of_whole_completions_is_that_of_groups_at_every_token(scale: str) -> None:
+    rewards = tensor([0.3, -1.0, 2.0, 5.0, 5.0, 4.0])
+    scored = tensor([True, True, True, True, False, True])
+    to_go = rewards_to_go(rewards, torch.zeros(6, 4))
+    found = group_advantages_per_token(to_go, 3, scale=scale, scored=scored)  # type: ignore[arg-type]
+    expected = group_advantages(rewards, 3, scale=scale, scored=scored)  # type: ignore[arg-type]
+    assert torch.equal(found, expected[:, None].expand(-1, 4))
+
+
+def test_the_same_sum_paid_at_other_tokens_does_not_explode() -> None:
+    to_go = rewards_to_go(torch.zeros(2), tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]))
+    found = group_advantages_per_token(to_go, 2)
+    assert found[:, 0].tolist() == [0, 0]
+    assert float(found.abs().max()) < 1
+
+
+def test_unscored_completions_take_no_part_in_credit_per_token() -> None:
+    to_go = tensor([[3.0, 1.0], [1.0, 1.0], [99.0, 99.0]])
+    found = group_advantages_per_token(to_go, 3, scale="none", scored=tensor([True, True, False]))
+    assert found.tolist() == [[1, 0], [-1, 0], [0, 0]]
+
+
+def test_credit_refusals() -> None:
+    with pytest.raises(ValueError, match="rewards_to_go"):
+        group_advantages_per_token(torch.zeros(4), 2)
+    with pytest.raises(ValueError, match="no whole number of groups"):
+        group_advantages_per_token(torch.zeros(3, 2), 2)
+    with pytest.raises(ValueError, match=r"rewards must be \[B\]"):
+        rewards_to_go(torch.zeros(3), torch.zeros(2, 5))
+    assert group_advantages_per_token(torch.zeros(4, 0), 2).shape == (4, 0)

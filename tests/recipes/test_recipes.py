@@ -14,12 +14,20 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
+from tiny_models import tiny_model, tiny_tokenizer
 from tropism.algorithms import ALGORITHMS
 from tropism.cli import main
 from tropism.config import Recipe
 from tropism.data.prompts import make_prompts
+from tropism.models.saving import save_plain
 from tropism.rewards import RewardHarness
 from tropism.types import RewardInputs
 
@@ -73,6 +81,10 @@ LOCAL: dict[str, tuple[str, ...]] = {
     "grpo-gsm8k.yaml": (
         *("--data.path", "{shared}/data/gsm8k/test.jsonl.gz", "--data.limit", "6", "--data.eval_fraction", "0.4"),
         *("--data.chat", "false", "--data.template", "'{{question}}'"),
+    ),
+    "grpo-t5-summaries.yaml": (
+        *("--data.path", "{articles}/articles.jsonl", "--data.subset=null", "--data.prepare.length", "16"),
+        *("--data.eval_fraction", "0.3"),
     ),
     "ppo-imdb.yaml": (*REVIEWS, "--algorithm.minibatch_size", "2"),
     "grpo-imdb.yaml": REVIEWS,
@@ -217,16 +229,36 @@ def walks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def articles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny T5 and articles with their highlights."""
+    folder = tmp_path_factory.mktemp("articles")
+    save_plain(tiny_model("t5"), tiny_tokenizer(add_eos=True), folder / "t5")
+    records = [{"article": f"{letter}. {book(0)}", "highlights": "one day the cat sat"} for letter in "abcdefgh"]
+    (folder / "articles.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs(
-    name: str, stories: Path, shared: Path, scored: Path, remarks: Path, judged: Path, walks: Path, tmp_path: Path
+    name: str,
+    stories: Path,
+    shared: Path,
+    scored: Path,
+    remarks: Path,
+    judged: Path,
+    walks: Path,
+    articles: Path,
+    tmp_path: Path,
 ) -> None:
     recipe = Recipe.from_file(RECIPES[name])
     made = {"shared": shared, "scored": scored, "remarks": remarks, "judged": judged, "walks": walks}
+    made["articles"] = articles
+    model = articles / "t5" if "-t5-" in name else stories
     on_policy = recipe.algorithm.on_policy
     run = tmp_path / "run"
     arguments = [
-        *("--model", str(stories), "--run", str(run), "--total_steps", "2", "--prompts_per_step", "2"),
+        *("--model", str(model), "--run", str(run), "--total_steps", "2", "--prompts_per_step", "2"),
         *("--sampling.max_new_tokens", "8", "--trainer.evaluation.every", "1", "--trainer.progress", "false"),
         *(word.format(**made) for word in LOCAL[name]),
         *(("--algorithm.group_size", "2") if on_policy else ()),
@@ -246,14 +278,25 @@ def test_a_recipe_runs(
         assert (run / "evaluations" / "step-000002.parquet").is_file()
     assert list((run / "checkpoints").iterdir())
     assert (run / "environment.json").is_file() and (run / "report.html").is_file()
-    kind = AutoModelForSequenceClassification if recipe.algorithm.reads == "comparisons" else AutoModelForCausalLM
+    halves = AutoConfig.from_pretrained(run / "model").is_encoder_decoder
+    writes = AutoModelForSeq2SeqLM if halves else AutoModelForCausalLM
+    kind = AutoModelForSequenceClassification if recipe.algorithm.reads == "comparisons" else writes
     kind.from_pretrained(run / "model")
     AutoTokenizer.from_pretrained(run / "model")
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("-imdb.yaml")])
-def test_without_the_hub_a_recipe_says_what_it_lacks(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_the_hub_a_recipe_says_what_it_lacks(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Nothing else is wrong with it: its first error is about a model of the hub, and how to do without."""
+    monkeypatch.chdir(tmp_path)
+    data = Path(Recipe.from_file(RECIPES[name]).data.path)
+    if data.suffix == ".jsonl":  # what another command writes first
+        assert main(["train", str(RECIPES[name]), "--dry-run"]) == 2
+        assert f"'{data}': no such file" in capsys.readouterr().err
+        data.parent.mkdir(parents=True, exist_ok=True)
+        data.touch()
     assert main(["train", str(RECIPES[name]), "--dry-run"]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert re.match("error: .*(lvwerra/distilbert-imdb|openai-community/gpt2)", said)

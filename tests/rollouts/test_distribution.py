@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from slow_sampling import slow_draw
-from tropism.rollouts import distribution
+from tropism.ops import truncation
 from tropism.rollouts.config import Sampling
 from tropism.rollouts.distribution import BLOCK, draw, penalise_repetition, truncate
 
@@ -74,7 +74,7 @@ def slow_nucleus(row: list[float], top_p: float) -> list[int]:
 def test_top_p_is_a_slow_sort_also_where_the_head_does_not_hold_the_nucleus(
     top_p: float, head: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distribution, "NUCLEUS_HEAD", head)
+    monkeypatch.setattr(truncation, "NUCLEUS_HEAD", head)
     logits = torch.cat([random_logits(20, 61), random_logits(4, 61, scale=0.01), random_logits(4, 61, scale=30.0)])
     wanted = [slow_nucleus(row, top_p) for row in logits.tolist()]
     assert kept(truncate(logits, Sampling(top_p=top_p))) == wanted

@@ -62,7 +62,7 @@ class Counting:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.config, self.device, self.context_length = policy.config, policy.device, policy.context_length
-        self.takes_slots = policy.takes_slots
+        self.takes_slots, self.decoder_prefix = policy.takes_slots, policy.decoder_prefix
         self.prefills: list[tuple[int, int]] = []
         self.decoded: list[int] = []
         self.slabs: set[tuple[int, ...]] = set()

@@ -16,7 +16,8 @@ from slow_sampling import log_softmax, slow_draw, slow_mix, slow_uniform
 from tiny_models import EOS_ID, tiny_model, tiny_tokenizer
 from tropism.errors import ConfigError, DataError
 from tropism.generation import TextPolicy, make_conditioner
-from tropism.models.loading import LoadedModel, special_tokens
+from tropism.models.loading import LoadedModel
+from tropism.models.special_tokens import special_tokens
 from tropism.rollouts.config import Sampling
 from tropism.rollouts.engine import EmbeddedSampler
 from tropism.rollouts.guidance import RewardGuidance

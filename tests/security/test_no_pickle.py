@@ -47,6 +47,8 @@ MAY_PICKLE = {
 MAY_RUN = {
     # Code of the user's own machine that the user allowed.
     "rewards/resolve.py": {"exec", "compile", "importlib.import_module"},
+    # llama.cpp's converter, which the user has installed or named.
+    "export_gguf.py": {"subprocess"},
     # Processes of this library's own: one that renders chat templates, those that call rewards, and runs of a sweep.
     "foreign/templates.py": {"subprocess"},
     "rewards/workers.py": {"subprocess"},

@@ -260,3 +260,7 @@ def test_an_adapter_and_frozen_layers_need_less(tmp_path: Path) -> None:
     assert adapter.lasting["reference"] == 0 < top.lasting["reference"] < full.lasting["reference"]
     assert top.phases["update"]["activations"] < full.phases["update"]["activations"]
     assert top.lasting["kept copies of weights"] > 0 == full.lasting["kept copies of weights"]
+    # Eight completions of six tokens and four prompts of up to twenty, of 32 numbers of four bytes.
+    assert top.phases["update"]["what frozen blocks give"] == (8 * 6 + 4 * 20) * 32 * 4
+    assert top.phases["scoring"]["what frozen blocks give"] == (8 * 6 + 4 * 20) * 32 * 4
+    assert "what frozen blocks give" not in full.phases["update"]

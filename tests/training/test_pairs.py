@@ -37,7 +37,7 @@ class Counted:
     def __init__(self, factor: float = 1.0) -> None:
         self.factor, self.rows, self.calls = factor, 0, 0
 
-    def logprobs(self, tokens: Tokens, *, temperature: float) -> Tensor:
+    def logprobs(self, tokens: Tokens, *, temperature: float, filtering: Any = None) -> Tensor:
         assert temperature == 1.0
         self.calls += 1
         self.rows += len(tokens)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from tropism.errors import ConfigError
-from tropism.ops import kl_k1, kl_k3, masked_sum
+from tropism.ops import LOG_RATIO_LIMIT, kl_k1, kl_k3, masked_sum
 from tropism.targets.conditioner import Conditioner, Targets
 from tropism.targets.config import Conditioning
-from tropism.types import Batch, Metrics, PolicyBatch, RewardBatch, Rollouts, Sums, Tokens
+from tropism.types import Batch, Filtering, Metrics, PolicyBatch, RewardBatch, Rollouts, Sums, Tokens
 
 Ratios = dict[str, tuple[Tensor, Tensor]]
 """Numbers for the log as (sum, count), so that the trainer can add them up over micro-batches and processes."""
@@ -47,8 +47,8 @@ class RunFacts:
 class Scorer(Protocol):
     """A model without gradients, over whole rollout batches (micro-batching and processes are its own business)."""
 
-    def logprobs(self, tokens: Tokens, *, temperature: float) -> Tensor:
-        """[B, T] log-probs of the completion tokens."""
+    def logprobs(self, tokens: Tokens, *, temperature: float, filtering: Filtering | None = None) -> Tensor:
+        """[B, T] log-probs of the completion tokens; -inf of those that ``filtering`` leaves out."""
         ...
 
     def values(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -131,6 +131,11 @@ class AlgorithmConfig(ABC):
     @property
     def needs_exact_kl(self) -> bool:
         """Whether its loss has the KL to the reference over the whole vocabulary (``Policy.reference_logits``)."""
+        return False
+
+    @property
+    def learns_filtered(self) -> bool:
+        """Whether it can train what filters leave of the distribution (``Sampling.policy_distribution``)."""
         return False
 
     @property
@@ -241,6 +246,10 @@ class OnPolicyConfig(AlgorithmConfig):
     def needs_reference(self) -> bool:
         return self.kl_coef > 0
 
+    @property
+    def learns_filtered(self) -> bool:
+        return True
+
     def step_size(self, prompts_per_step: int, prompts: int) -> StepSize:
         completions = prompts_per_step * self.group_size
         batch = self.minibatch_size or completions
@@ -283,10 +292,23 @@ class OnPolicyAlgorithm(Algorithm[P], Generic[P]):
 
 
 def reference_logprobs(reference: Scorer | None, rollouts: Rollouts) -> Tensor:
-    """[B, T] under the reference at the rollouts' temperature; the rollouts' own where there is no reference."""
+    """[B, T] under the reference at the rollouts' temperature; the rollouts' own where there is no reference.
+
+    Of filtered distributions a token that is outside the reference's set counts with -20 nats there: by the letter its
+    KL is infinite.
+    """
     if reference is None:
         return rollouts.logprobs
-    return reference.logprobs(rollouts, temperature=rollouts.temperature)
+    logprobs = reference.logprobs(rollouts, temperature=rollouts.temperature, filtering=rollouts.filtering)
+    return logprobs if rollouts.filtering is None else logprobs.clamp(min=-LOG_RATIO_LIMIT)
+
+
+def inside(logprobs: Tensor, batch: PolicyBatch, *, outside: Tensor) -> Tensor:
+    """[B, T] log-probs, but ``outside`` at tokens that have left the filtered set since they were sampled.
+
+    The policy does not sample such tokens any more, so they are no part of its KL, which would be infinite by them.
+    """
+    return logprobs if batch.filtering is None else torch.where(logprobs.isneginf(), outside, logprobs)
 
 
 def count_tokens(batch: Batch) -> float:
@@ -312,13 +334,21 @@ def policy_outputs(policy: Any, batch: PolicyBatch, want: Collection[str], *, en
         temperature=batch.temperature,
         want=frozenset(want),
         entropy_gradient=entropy_gradient,
+        filtering=batch.filtering,
     )
 
 
 @torch.no_grad()
 def policy_ratios(logprobs: Tensor, entropy: Tensor, clipped: Tensor, batch: PolicyBatch) -> Ratios:
-    """The numbers that every policy-gradient method logs, per trained token."""
-    mask, count = batch.loss_mask, batch.loss_mask.sum()
+    """The numbers that every policy-gradient method logs, per trained token; of a filtered policy per token inside."""
+    left: Ratios = {}
+    mask = batch.loss_mask
+    if batch.filtering is not None:
+        gone = mask & logprobs.isneginf()
+        left = {"policy/outside_fraction": (gone.sum(), mask.sum())}
+        mask = mask & ~gone
+        logprobs = inside(logprobs, batch, outside=batch.old_logprobs)
+    count = mask.sum()
 
     def per_token(values: Tensor) -> tuple[Tensor, Tensor]:
         return masked_sum(values, mask), count
@@ -330,4 +360,5 @@ def policy_ratios(logprobs: Tensor, entropy: Tensor, clipped: Tensor, batch: Pol
         "policy/entropy": per_token(entropy),
         "policy/ref_kl": per_token(kl_k1(logprobs, batch.ref_logprobs)),
         "policy/ref_kl_k3": per_token(kl_k3(logprobs, batch.ref_logprobs)),
+        **left,
     }

@@ -18,6 +18,7 @@ from tropism.algorithms.base import (
     count_sequences,
     count_tokens,
     importance_weighted,
+    inside,
     policy_outputs,
     policy_ratios,
     reference_logprobs,
@@ -26,11 +27,12 @@ from tropism.ops import (
     cispo_policy_loss,
     clipped_policy_loss,
     clipped_tokens,
-    group_advantages,
+    group_advantages_per_token,
     kl_k1,
     kl_k2,
     kl_k3,
     masked_sum,
+    rewards_to_go,
     sequence_log_ratio,
     sequence_policy_loss,
 )
@@ -60,6 +62,9 @@ class GRPO(OnPolicyConfig):
     """Completions per prompt that are compared with each other; at least 2."""
     scale: Literal["group", "batch", "none"] = "group"
     """Advantages are divided by the standard deviation of the group's rewards, of the whole batch's, or not at all."""
+    credit: Literal["token", "completion"] = "token"
+    """Rewards per token count for the token that they are paid at and those before it, or for the whole completion.
+    Without any, and with ratio sequence, all tokens of a completion have one advantage."""
     normalisation: Literal["token", "sequence", "constant"] = "token"
     """The loss is a mean over all tokens, over completions of their token means, or a sum over max_new_tokens."""
     ratio: Literal["token", "sequence", "cispo"] = "token"
@@ -88,6 +93,10 @@ class GRPO(OnPolicyConfig):
     def action(self) -> Literal["token", "sequence"]:
         return "sequence" if self.ratio == "sequence" else "token"
 
+    @property
+    def learns_filtered(self) -> bool:
+        return self.ratio != "cispo"  # whose loss is the log-prob itself, -inf outside the set
+
     def build(self, facts: RunFacts) -> GRPOAlgorithm:
         return GRPOAlgorithm(self, facts)
 
@@ -101,15 +110,19 @@ class GRPOAlgorithm(OnPolicyAlgorithm[GRPO]):
         config = self.config
         ref_logprobs = reference_logprobs(reference, rollouts)
         mask = rollouts.completion_mask
-        totals = rewards.totals
+        changed = rewards.per_completion
         if config.kl_estimator == "k1":
-            totals = totals - config.kl_coef * (kl_k1(rollouts.logprobs, ref_logprobs) * mask).sum(-1)
-        advantages = group_advantages(totals, config.group_size, scale=config.scale, scored=rewards.scored)
+            changed = changed - config.kl_coef * (kl_k1(rollouts.logprobs, ref_logprobs) * mask).sum(-1)
+        token_rewards = torch.zeros_like(rollouts.logprobs) if rewards.per_token is None else rewards.per_token
+        to_go = rewards_to_go(changed, token_rewards)
+        if config.credit == "completion" or config.ratio == "sequence":
+            to_go = to_go[:, :1]
+        advantages = group_advantages_per_token(to_go, config.group_size, scale=config.scale, scored=rewards.scored)
         loss_mask = mask & rewards.scored[:, None]
         if config.mask_truncated:
             loss_mask = loss_mask & ~rollouts.truncated[:, None]
         return PolicyBatch.of(
-            rollouts, loss_mask=loss_mask, ref_logprobs=ref_logprobs, advantages=advantages[:, None] * loss_mask
+            rollouts, loss_mask=loss_mask, ref_logprobs=ref_logprobs, advantages=advantages * loss_mask
         )
 
     def loss(self, policy: Any, batch: PolicyBatch) -> tuple[Sums, Ratios]:
@@ -131,7 +144,8 @@ class GRPOAlgorithm(OnPolicyAlgorithm[GRPO]):
         sums = {"policy": self._sum(surrogate, batch)}
         if self._kl_in_loss:
             estimator = kl_k2 if config.kl_estimator == "k2" else kl_k3
-            sums["kl"] = config.kl_coef * self._sum(estimator(logprobs, batch.ref_logprobs), batch)
+            kept = inside(logprobs, batch, outside=batch.ref_logprobs)
+            sums["kl"] = config.kl_coef * self._sum(estimator(kept, batch.ref_logprobs), batch)
         return sums, policy_ratios(logprobs, output.entropy, clipped, batch)
 
     @property

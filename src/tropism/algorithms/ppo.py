@@ -18,6 +18,7 @@ from tropism.algorithms.base import (
     Scorer,
     count_tokens,
     importance_weighted,
+    inside,
     policy_outputs,
     policy_ratios,
     reference_logprobs,
@@ -203,13 +204,14 @@ class PPOAlgorithm(OnPolicyAlgorithm[PPO]):
         value_loss = clipped_value_loss(output.values, batch.old_values, batch.returns, clip=config.critic.clip)
         sums = {"policy": masked_sum(surrogate, mask), "value": config.critic.coef * masked_sum(value_loss, mask)}
         if config.kl.place == "loss" and self.kl_coef > 0:
-            kl = importance_weighted(kl_k2(output.logprobs, batch.ref_logprobs), batch)
+            kept = inside(output.logprobs, batch, outside=batch.ref_logprobs)
+            kl = importance_weighted(kl_k2(kept, batch.ref_logprobs), batch)
             sums["kl"] = self.kl_coef * masked_sum(kl, mask)
         if config.entropy_coef > 0:
             sums["entropy"] = -config.entropy_coef * masked_sum(output.entropy, mask)
         clipped = clipped_tokens(output.logprobs, batch.old_logprobs, batch.advantages, **clip)
         ratios = policy_ratios(output.logprobs, output.entropy, clipped, batch)
-        drift = kl_k2(batch.old_logprobs, output.logprobs.detach())
+        drift = kl_k2(batch.old_logprobs, inside(output.logprobs.detach(), batch, outside=batch.old_logprobs))
         ratios["policy/approx_kl_k2"] = (masked_sum(drift, mask), mask.sum())
         ratios["loss/total"] = (torch.stack([value.detach() for value in sums.values()]).sum(), mask.sum())
         return sums, ratios | self._critic_ratios(output.values.detach(), value_loss.detach(), batch)

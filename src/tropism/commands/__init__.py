@@ -9,7 +9,7 @@ COMMANDS: dict[str, str] = {
     "generate": "Complete prompts with a trained run or any model.",
     "evaluate": "Score held-out completions of a run and of the model it started from, or of any model.",
     "score": "Write a data set with the reward of each record, or with rewarded completions of a model.",
-    "export": "Write a run's model with a target built in, as a plain folder that any server can load.",
+    "export": "Write what a run trained as a plain folder that any server can load; upload it.",
     "convert": "Turn what other programs wrote into what this one reads: OpenAI's checkpoints, label files.",
     "inspect": "Show a few rows of data as the model sees them: text, tokens, masks, positions.",
     "methods": "List the methods, or the fields of one.",

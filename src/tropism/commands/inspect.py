@@ -244,15 +244,20 @@ def _show_tokens(
 ) -> None:
     """One line per entry of the row as the forward pass gets it, pads included.
 
+    Of an encoder-decoder the row is that of the encoder, and below it that of the decoder with what it begins with.
+
     Args:
         slots: what the slots that the row begins with say.
         rewards: of each completion token, where they are a part of the data.
     """
-    from tropism.models.policy import join
+    from tropism.models.layout import join
     from tropism.ops.slots import without_slots
+    from tropism.texts import decoder_prefix_of
 
+    prefix = decoder_prefix_of(loaded.tokenizer)
     ids, attention, positions, first = join(**tokens.inputs, padding="right")
     begin, total = int(first[row]), int(tokens.total_lengths[row])
+    decoded_from = 0 if prefix is None else begin  # where the text begins that a token of the completion adds to
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
     for column in ("index", "id", "token", "attention", "position", "loss", *([] if rewards is None else ["reward"])):
         table.add_column(column, justify="left" if column == "token" else "right")
@@ -262,16 +267,21 @@ def _show_tokens(
             if line == most // 2:
                 table.add_row("...", "", f"{len(places) - 2 * (most // 2)} more", "", "", "")
             continue
+        if place == begin:
+            for at, token in enumerate(prefix or ()):
+                table.add_row("decoder", str(token), printable(repr(_piece(loaded, [token]))), "1", str(at), "0")
         real = bool(attention[row, place])
         loss = real and place >= begin and bool(learned[row, place - begin])
         number, text = int(ids[row, place]), "(pad)"
         if real and number < 0:
             text = printable(slots[place])
         elif real:
-            text = printable(repr(_piece(loaded, list(without_slots(ids[row, : place + 1].tolist())))))
+            before = decoded_from if place >= begin else 0
+            text = printable(repr(_piece(loaded, list(without_slots(ids[row, before : place + 1].tolist())))))
         number_of = ("slot" if number < 0 else str(number)) if real else ""
         paid = [] if rewards is None else [rewards[place - begin] if real and place >= begin else ""]
-        position = str(int(positions[row, place]))
+        in_decoder = prefix is not None and real and place >= begin
+        position = str(place - begin + len(prefix or ()) if in_decoder else int(positions[row, place]))
         table.add_row(str(place), number_of, text, str(int(real)), position, str(int(loss)), *paid)
     out.print(table)
 

@@ -15,10 +15,19 @@ import torch
 
 from tropism.data.columns import as_chat, choose_column, end_of_words, prompt_value, text_or_messages
 from tropism.data.config import DataConfig
-from tropism.data.encoding import encode_bare, encode_chat, encode_text, eos_id, render_chat
+from tropism.data.encoding import (
+    encode_bare,
+    encode_chat,
+    encode_completion,
+    encode_text,
+    eos_id,
+    render_chat,
+    room_behind,
+)
 from tropism.data.preparation import Preparer, preparer_of
 from tropism.data.readers import Record, locate_records
 from tropism.errors import DataError
+from tropism.texts import decoder_prefix_of
 from tropism.types import DemonstrationBatch, Messages, pad_rows
 
 if TYPE_CHECKING:
@@ -61,8 +70,8 @@ def make_demonstrations(
         tokenizer: of the model.
         config: how records become text; default: ``source`` itself, if it is a ``DataConfig``.
         max_length: most tokens; what is longer loses its end (and has no eos then), and is left out where nothing to
-            learn remains. None: any length.
-        completion_only: False learns the prompt as well, all but its first token.
+            learn remains. None: any length. Of an encoder-decoder most tokens of the prompt, and of the completion.
+        completion_only: False learns the prompt as well, all but its first token; no encoder-decoder can.
 
     Raises:
         DataError: names the file and line or the record.
@@ -124,6 +133,8 @@ def encoded_texts(
         config = source
     records = locate_records(source)
     layout = layout_of(records, config)
+    if decoder_prefix_of(tokenizer) is not None:
+        _check_apart(layout, config, completion_only)
     preparer = preparer_of(tokenizer, config.prepare if config else None)
     made = too_short = too_long = merged = endless = 0
     for record in records:
@@ -133,11 +144,7 @@ def encoded_texts(
         if texts is None:
             too_short += 1
             continue
-        encoded: tuple[list[int], int, bool] | None
-        if preparer is None:
-            encoded = encode_parts(tokenizer, *texts, where=record.where, shortest_prompt=shortest_prompt)
-        else:
-            encoded = _encode_prepared(tokenizer, preparer, *texts, where=record.where)
+        encoded = _encode(tokenizer, preparer, *texts, where=record.where, shortest_prompt=shortest_prompt)
         if encoded is None:
             continue
         ids, start, clean = encoded
@@ -145,11 +152,12 @@ def encoded_texts(
         endless += tokenizer.eos_token_id not in ids[start:]
         ids = _as_cut(ids, start, record, tokenizer.eos_token_id)
         start = start if completion_only else shortest_prompt
-        if max_length is not None and start >= max_length:
+        room = room_behind(tokenizer, start, max_length)
+        if room == 0:
             too_long += 1
             continue
         made += 1
-        yield EncodedText(record=record, ids=tuple(ids[:max_length]), start=start)
+        yield EncodedText(record=record, ids=tuple(ids if room is None else ids[: start + room]), start=start)
     _report(called, too_short=too_short, too_long=too_long, merged=merged, endless=endless)
     if preparer is not None:
         preparer.report()
@@ -158,6 +166,24 @@ def encoded_texts(
         raise DataError(
             f"none of the {len(records)} records is left: {few + ', ' if few else ''}the prompts of {too_long} fill"
             f" max_length ({max_length}) alone"
+        )
+
+
+def _check_apart(layout: Layout, config: DataConfig | None, completion_only: bool) -> None:
+    """Refuses texts of which an encoder-decoder cannot learn.
+
+    Raises:
+        DataError: they have no prompt, or the prompt is to be learned.
+    """
+    if not completion_only:
+        raise DataError(
+            "completion_only: false learns the prompt as well, but of an encoder-decoder the prompt goes to the"
+            " encoder, which predicts no tokens; leave completion_only out"
+        )
+    if layout.completion is None and (config is None or config.first_words is None):
+        raise DataError(
+            "the records are texts without a prompt of their own, and an encoder-decoder needs one for its encoder;"
+            " give prompt and completion (or name them in prompt_column and completion_column), or set first_words"
         )
 
 
@@ -264,6 +290,11 @@ def encode_parts(
     shortest_prompt: int,
 ) -> tuple[list[int], int, bool]:
     """Ids of the whole, where the completion begins, and whether it begins where the prompt's ids end."""
+    if decoder_prefix_of(tokenizer) is not None and isinstance(prompt, str) and isinstance(completion, str):
+        if not prompt:
+            raise DataError(f"{where}: the prompt is empty, and an encoder-decoder needs one for its encoder")
+        prompt_ids = encode_text(tokenizer, prompt)
+        return [*prompt_ids, *encode_completion(tokenizer, completion)], len(prompt_ids), True
     if isinstance(prompt, str) and isinstance(completion, str):
         ids = _ended(tokenizer, encode_text(tokenizer, prompt + completion), completion)
         prompt_ids = encode_text(tokenizer, prompt)
@@ -281,19 +312,24 @@ def encode_parts(
     return ids, start, clean
 
 
-def _encode_prepared(
+def _encode(
     tokenizer: PreTrainedTokenizerBase,
-    preparer: Preparer,
+    preparer: Preparer | None,
     prompt: str | Messages,
     completion: str | Messages,
     *,
     where: str,
+    shortest_prompt: int,
 ) -> tuple[list[int], int, bool] | None:
-    """As ``encode_parts`` with a prepared prompt, whose ids are those that samples begin with; None: it is skipped."""
+    """As ``encode_parts``; the ids of a prepared prompt are those that samples begin with. None: it is skipped."""
+    if preparer is None:
+        return encode_parts(tokenizer, prompt, completion, where=where, shortest_prompt=shortest_prompt)
     prepared = preparer(prompt, where)
     if prepared is None:
         return None
     assert isinstance(completion, str)  # since the prompt is text
+    if decoder_prefix_of(tokenizer) is not None:
+        return [*prepared.ids, *encode_completion(tokenizer, completion)], len(prepared.ids), True
     ids = _ended(tokenizer, [*prepared.ids, *encode_bare(tokenizer, completion)], completion)
     return ids, len(prepared.ids), True
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from tropism.data.columns import as_chat, prompt_value, value_of
 from tropism.data.config import DataConfig
 from tropism.data.demonstrations import FINISH_REASON, encoded_texts, layout_of
-from tropism.data.encoding import encode_bare, encode_text, eos_id, render_chat
+from tropism.data.encoding import encode_bare, encode_completion, encode_text, eos_id, render_chat, room_behind
 from tropism.data.files import shown
 from tropism.data.judged_values import refuse_wrong
 from tropism.data.readers import Record, locate_records
 from tropism.data.scored import finite_reward, value_of_target
 from tropism.episodes import Episode
 from tropism.errors import DataError
+from tropism.texts import decoder_prefix_of
 from tropism.types import Messages
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def read_episodes(
         except DataError as error:
             wrong.append(str(error))
             continue
-        episode, lost = _episode(segments, rewards, max_length)
+        episode, lost = _episode(segments, rewards, room_behind(tokenizer, len(segments[0].ids), max_length))
         cut, left_out = cut + (lost and episode is not None), left_out + (episode is None)
         if episode is not None:
             episodes.append((record, episode))
@@ -215,6 +216,8 @@ def _by_turns(
 def _segments_of_turns(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
     """Every turn encoded by itself, as the model reads it when it answers."""
     turns = _turns_of(record)
+    if decoder_prefix_of(tokenizer) is not None:
+        return _segments_of_halves(record, turns, tokenizer)
     first = encode_text(tokenizer, turns[0])
     if not first and tokenizer.bos_token_id is None:
         raise DataError(f"{record.where}: the first prompt is empty, and the tokenizer has no BOS to begin with")
@@ -227,6 +230,22 @@ def _segments_of_turns(record: Record, tokenizer: PreTrainedTokenizerBase) -> li
             raise DataError(f"{record.where}: output {index // 2} of turns is empty, so that there is nothing to learn")
         segments.append(Segment(ids=tuple(ids), output=index % 2 == 1))
     return segments
+
+
+def _segments_of_halves(record: Record, turns: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    """The one prompt that an encoder reads, and the one output that its decoder writes."""
+    if len(turns) > 2:
+        raise DataError(
+            f"{record.where}: turns has {len(turns)} texts, and an encoder-decoder reads one prompt and writes one"
+            " output; part the record, or use a causal model"
+        )
+    output = encode_completion(tokenizer, turns[1])
+    if _was_cut(record) and len(output) > 1:
+        output = output[:-1]
+    prompt = encode_text(tokenizer, turns[0])
+    if not prompt or not turns[0]:
+        raise DataError(f"{record.where}: the prompt is empty, and an encoder-decoder needs one for its encoder")
+    return [Segment(ids=tuple(prompt), output=False), Segment(ids=tuple(output), output=True)]
 
 
 def _segments_of_chat(record: Record, chat: Messages, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
@@ -296,15 +315,19 @@ def _of_tokens(values: Sequence[Any], length: int, where: str, *, last: bool) ->
 
 
 def _episode(
-    segments: Sequence[Segment], rewards: Sequence[Sequence[float]], max_length: int | None
+    segments: Sequence[Segment], rewards: Sequence[Sequence[float]], most: int | None
 ) -> tuple[Episode | None, bool]:
-    """The segments as one row, None where no action is left; and whether actions were cut off."""
+    """The segments as one row, None where no action is left; and whether actions were cut off.
+
+    Args:
+        most: tokens behind the first prompt; None: any number.
+    """
     prompt, *rest = segments
     ids = [token for segment in rest for token in segment.ids]
     mask = [segment.output for segment in rest for _ in segment.ids]
     of_outputs = iter(rewards)
     paid = [reward for s in rest for reward in (next(of_outputs) if s.output else [0.0] * len(s.ids))]
-    room = len(ids) if max_length is None else max(0, min(len(ids), max_length - len(prompt.ids)))
+    room = len(ids) if most is None else min(len(ids), most)
     actions = [place for place in range(room) if mask[place]]
     if not actions:
         return None, True

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tropism.data.config import DataConfig
 from tropism.data.demonstrations import encode_parts
+from tropism.data.encoding import room_behind
 from tropism.data.files import listed
 from tropism.data.judged_values import refuse_wrong, weight_in
 from tropism.data.judgement_records import CHOICES, PAIRS, Judged, format_of, prompt_column_of, read_judged
@@ -163,11 +164,12 @@ class _Encoder:
             if not isinstance(bos, int):
                 raise DataError(f"{record.where}: the prompt is empty and the tokenizer has no BOS to begin with")
             prompt = [bos]
-        if self.max_length is not None:
-            if len(prompt) >= self.max_length:
+        room = room_behind(self.tokenizer, len(prompt), self.max_length)
+        if room is not None:
+            if not room:
                 self.too_long += 1
                 return None
-            completions = [ids[: self.max_length - len(prompt)] for ids in completions]
+            completions = [ids[:room] for ids in completions]
             if completions[0] == completions[1]:
                 self.same += 1
                 return None

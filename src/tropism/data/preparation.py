@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from tropism.data.config import Preparation
-from tropism.data.encoding import encode_bare, encode_text
+from tropism.data.encoding import encode_bare, frame_of
 from tropism.errors import ConfigError, DataError
 from tropism.texts import token_of_text
 from tropism.types import Messages
@@ -101,7 +101,8 @@ class PreparedQuery:
     text: str
     """The text alone, as rewards see it; what was cut by tokens is decoded from those that are left."""
     ids: tuple[int, ...]
-    """What the policy reads: the BOS if the tokenizer adds one, prefix, text and suffix, each encoded apart."""
+    """What the policy reads: the BOS if the tokenizer adds one, prefix, text and suffix, each encoded apart; behind
+    them what an encoder's tokenizer adds there (T5's eos)."""
 
 
 class Preparer:
@@ -123,7 +124,7 @@ class Preparer:
         )
         self.start = _token(preparation.start_text, tokenizer, "start_text")
         self.end = _token(preparation.end_text, tokenizer, "end_text")
-        self.bos = encode_text(tokenizer, "")
+        self.before, self.behind = frame_of(tokenizer)
         self.clean = _CLEAN[preparation.clean]
         self.clean("")  # what it needs is missed now, not at the first text
         self.read = 0
@@ -154,8 +155,9 @@ class Preparer:
         if len(ids) < len(whole) or not is_all:
             text = _decoded(self.tokenizer, ids)
         joined = [*self.prefix, *ids, *self.suffix]
-        if joined[:1] != self.bos:
-            joined = [*self.bos, *joined]
+        if joined[: len(self.before)] != self.before:
+            joined = [*self.before, *joined]
+        joined += self.behind
         return PreparedQuery(text=text, ids=tuple(joined))
 
     def _encode(self, text: str) -> tuple[list[int], bool]:

@@ -32,9 +32,10 @@ def make_prompts(
 ) -> list[Prompt]:
     """Prompts with their token ids; every column but the prompt's travels along for the reward.
 
-    Text is encoded as the tokenizer does it, with exactly one BOS if it adds one and nothing appended. Chat messages go
-    through the chat template, up to the header of the assistant's answer. An empty text becomes the BOS alone. With
-    ``config.prepare`` each text is prepared first, and those that it skips are counted.
+    Text is encoded as the tokenizer does it, with exactly one BOS if it adds one and nothing appended; what an encoder
+    reads has every special token of its tokenizer. Chat messages go through the chat template, up to the header of the
+    assistant's answer. An empty text becomes the BOS alone. With ``config.prepare`` each text is prepared first, and
+    those that it skips are counted.
 
     Args:
         source: ``DataConfig`` or anything else that ``read_records`` takes.

@@ -1,1 +1,1 @@
-"""Toy tasks whose best outcome is known exactly, so that what a method reached can be judged."""
+"""Environments: text generation a token at a time, and toy tasks whose best outcome is known exactly."""

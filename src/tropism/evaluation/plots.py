@@ -54,6 +54,10 @@ class Series:
     """[K] what a point says when it is pointed at."""
 
 
+Panel = tuple[str, list[Series], Series | None]
+"""Title, curve of training, and points of evaluation, of which one may be missing."""
+
+
 @dataclass(frozen=True)
 class _Frame:
     """The plotting area: data ranges and their mapping to pixels."""
@@ -211,7 +215,7 @@ def reward_kl_picture(folder: str | Path, path: str | Path) -> Path:
         DataError: it is no run folder, or it holds neither metrics nor evaluations to draw.
     """
     run = RunData.read(folder)
-    panels = [
+    panels: list[Panel] = [
         ("Reward", training_curve(*run.series("reward/mean")), evaluation_means(run, "rewards")),
         (
             "Sequence KL to the reference (nats)",
@@ -221,10 +225,16 @@ def reward_kl_picture(folder: str | Path, path: str | Path) -> Path:
     ]
     if not any(lines or points for _, lines, points in panels):
         raise DataError(f"{str(folder)!r} holds no reward or KL yet; draw it after the first evaluation")
+    return panels_picture(panels, path)
+
+
+def panels_picture(panels: Sequence[Panel], path: str | Path) -> Path:
+    """Draw at least one panel, side by side, as a PNG over what is there; its folder must exist."""
     import matplotlib.figure  # here, so that importing the package stays fast
 
-    figure = matplotlib.figure.Figure(figsize=(9.0, 3.3), dpi=160, layout="constrained")
-    for axis, (title, lines, points) in zip(figure.subplots(1, 2), panels, strict=True):
+    figure = matplotlib.figure.Figure(figsize=(4.5 * len(panels), 3.3), dpi=160, layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, lines, points) in zip(axes, panels, strict=True):
         _draw_panel(axis, lines, points)
         axis.set_title(title, fontsize=11, loc="left")
         axis.set_xlabel("step")
@@ -242,7 +252,11 @@ def _draw_panel(axis: Axes, lines: Sequence[Series], points: Series | None) -> N
             axis.plot(line.x, line.y, color="#3b7dd8", alpha=0.3, lw=1)
         else:
             axis.plot(line.x, line.y, color="#3b7dd8", lw=2, label="training rollouts")
-    if points is not None and points.low is not None and points.high is not None:
+    if points is None:
+        return
+    if points.low is None or points.high is None:
+        axis.plot(points.x, points.y, color="#d9622b", marker="o", ms=4, lw=1.2, label="held-out data")
+    else:
         spread = np.nan_to_num(np.stack([points.y - points.low, points.high - points.y])).clip(min=0)
         style: dict[str, Any] = {"color": "#d9622b", "marker": "o", "ms": 4, "lw": 1.2, "capsize": 3}
         axis.errorbar(points.x, points.y, yerr=spread, label="held-out prompts, 95 %", **style)

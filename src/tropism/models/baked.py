@@ -57,15 +57,33 @@ def baked_model(
         answers = _slot_embeddings(policy, slot_ids)
         rows = answers.float() / _scale(embedding, weights[f"{name}.weight"])
         weights |= _with_rows(weights, slots, rows, name=name, output=output, unlikely=unlikely)
+        if policy.hidden_scale != 1:  # of T5, by a rule that hangs on tied embeddings, which these are not any more
+            head = weights[f"{output}.weight"]
+            weights[f"{output}.weight"] = (head.float() * policy.hidden_scale).to(head.dtype)
+            config.scale_decoder_outputs = False
         config.get_text_config().vocab_size = weights[f"{name}.weight"].shape[0]
     # A shallow copy with its own configuration is all that the new model is made after.
     pattern = copy.copy(base)
     pattern.config = config
     plain = with_weights(pattern, weights)
     if slots:
+        _part_untied(plain)
         before = plain.generation_config.suppress_tokens or []
         plain.generation_config.suppress_tokens = sorted({*before, *(slot.row for slot in slots)})
     return plain
+
+
+def _part_untied(plain: PreTrainedModel) -> None:
+    """Give weights a memory of their own that share one though the configuration does not tie them, in place.
+
+    Where embeddings are not tied, BART has those of encoder and decoder apart as well, and T5 has not.
+    """
+    tied, first = plain.all_tied_weights_keys, dict[int, str]()
+    for name, parameter in list(plain.named_parameters(remove_duplicate=False)):
+        other = first.setdefault(parameter.data_ptr(), name)
+        if other not in (name, tied.get(name)) and tied.get(other) != name:
+            path, _, last = name.rpartition(".")
+            setattr(plain.get_submodule(path), last, torch.nn.Parameter(parameter.detach().clone()))
 
 
 def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -122,7 +140,11 @@ def _with_rows(
     matrix = torch.cat([inner, inner.new_zeros(new, inner.shape[1])])
     for slot, row in zip(slots, rows, strict=True):
         matrix[slot.row] = row.to(device=matrix.device, dtype=matrix.dtype)
-    changed = {f"{name}.weight": matrix, f"{output}.weight": outer.clone()}
+    # Encoder and decoder may each have a name for the one matrix.
+    names = [
+        key for key, tensor in weights.items() if tensor.data_ptr() == inner.data_ptr() and tensor.shape == inner.shape
+    ]
+    changed = {**dict.fromkeys(names, matrix), f"{output}.weight": outer.clone()}
     if new:
         assert unlikely is not None and outer.shape[0] == size
         names = [key for key in (f"{output}.weight", f"{output}.bias") if key in weights]

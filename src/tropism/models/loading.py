@@ -1,4 +1,4 @@
-"""Loading causal language models: from a hub id, a folder, a LoRA adapter folder, a GGUF file or objects in memory.
+"""Loading language models: from a hub id, a folder, a LoRA adapter folder, a GGUF file or objects in memory.
 
 What comes out is always the same: a plain transformers model (or a PEFT model, for an adapter) in eval mode without any
 dropout, its tokenizer, and the special tokens as ids. Nothing in a model folder can run code or reach outside that
@@ -20,6 +20,7 @@ import torch
 import transformers
 from peft import PeftModel
 from transformers import (
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -35,8 +36,11 @@ from tropism.foreign.view import ADAPTER_CONFIG, CONFIG, adapter_view, file_view
 from tropism.models.conditioning_files import SavedConditioning, read_conditioning, refuse_lost_slots
 from tropism.models.demo_model import demo_model_path
 from tropism.models.lora import load_adapter, saved_adapter
-from tropism.models.modules import base_model, disable_dropout, with_weights, zero_dropout
+from tropism.models.modules import AutoLanguageModel, base_model, disable_dropout, with_weights, zero_dropout
 from tropism.models.q_head_files import SavedQHeads, read_q_heads
+from tropism.models.seq2seq import decoder_prefix, is_encoder_decoder
+from tropism.models.special_tokens import SpecialTokens, special_tokens
+from tropism.texts import tell_decoder_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -74,18 +78,6 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpecialTokens:
-    """Ids of the tokens with a meaning of their own."""
-
-    pad_id: int
-    """Fills up rows; its value never matters, as masks come from lengths. eos or 0 where the tokenizer has none."""
-    eos_ids: tuple[int, ...]
-    """Every id that ends a completion; empty where the model has none."""
-    bos_id: int | None = None
-    """Starts a text, where the tokenizer declares one."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class LoadedModel:
     """A language model ready for training or sampling."""
 
@@ -114,7 +106,7 @@ def load_model(source: ModelSource) -> LoadedModel:
             unchanged.
 
     Raises:
-        ModelError: nothing usable is there, the model is no causal language model, or tokenizer and model do not fit.
+        ModelError: nothing usable is there, the model writes no text, or tokenizer and model do not fit.
     """
     if isinstance(source, LoadedModel):
         return source
@@ -133,53 +125,21 @@ def load_model(source: ModelSource) -> LoadedModel:
     disable_dropout(model)
     model.eval()
     tokens = special_tokens(model, tokenizer)
+    base = base_model(model)
+    tell_decoder_prefix(tokenizer, decoder_prefix(base) if is_encoder_decoder(base) else None)
     return LoadedModel(
         model=model, tokenizer=tokenizer, tokens=tokens, source=name, conditioning=conditioning, q_heads=q_heads
     )
 
 
-def special_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
-    """Special tokens as tokenizer and generation config declare them; the embeddings are never resized for them.
-
-    Raises:
-        ModelError: the tokenizer or the generation config knows ids that the model has no embedding for.
-    """
-    embeddings: Any = base_model(model).get_input_embeddings()
-    rows = embeddings.weight.shape[0]
-    # Where ids have gaps, the highest says more than their number.
-    ids_of_tokenizer = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
-    if ids_of_tokenizer > rows:
-        raise ModelError(
-            f"the tokenizer has {ids_of_tokenizer} tokens but the model has embeddings for {rows} only; "
-            "use the tokenizer that the model was trained with, or resize the model's embeddings and train them first"
-        )
-    eos: list[int] = []
-    generation = getattr(base_model(model), "generation_config", None)
-    for declared in (tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)):
-        ids = declared if isinstance(declared, list | tuple) else [declared]
-        if not all(i is None or isinstance(i, int) for i in ids):
-            raise ModelError(f"the model's eos_token_id is {declared!r:.80}, and not a whole number or a list of them")
-        # Some configurations write -1 for none.
-        eos.extend(int(i) for i in ids if i is not None and int(i) >= 0 and int(i) not in eos)
-    if max(eos, default=0) >= rows:
-        raise ModelError(
-            f"the model's generation config names the eos token {max(eos)}, but there are embeddings for {rows} tokens "
-            "only; correct eos_token_id in generation_config.json"
-        )
-    if not eos:
-        logger.warning("the model declares no eos token: completions end by their length limit or a stop string only")
-    pad = tokenizer.pad_token_id
-    if pad is None:
-        pad = eos[0] if eos else 0
-    bos = tokenizer.bos_token_id
-    return SpecialTokens(pad_id=int(pad), eos_ids=tuple(eos), bos_id=None if bos is None else int(bos))
-
-
 def _checked_pair(source: Any) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     match source:
         case (PreTrainedModel() | PeftModel() as model, PreTrainedTokenizerBase() as tokenizer):
-            if base_model(model).config.is_encoder_decoder:
-                raise ModelError(f"{type(base_model(model)).__name__} is an encoder-decoder; a causal LM is needed")
+            if base_model(model).get_output_embeddings() is None:
+                raise ModelError(
+                    f"{type(base_model(model)).__name__} has no output embedding, so it writes no text; give a model "
+                    "of AutoModelForCausalLM or AutoModelForSeq2SeqLM"
+                )
             return model, tokenizer
     raise ModelError(
         "a model is a hub id, a folder, a .gguf file, ModelConfig, LoadedModel or (model, tokenizer), "
@@ -233,14 +193,14 @@ def _load_pretrained(
     source: str, config: ModelConfig, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     def prepare(details: PreTrainedConfig) -> None:
-        _check_causal(details, source)
+        _check_kind(details, source)
         zero_dropout(details)
 
     load = _load_trusted if config.trust_remote_code else load_pretrained
     try:
         model, tokenizer, missing = load(
             source,
-            AutoModelForCausalLM,
+            AutoLanguageModel,
             revision=config.revision,
             prepare=prepare,
             dtype=dtype,
@@ -253,7 +213,7 @@ def _load_pretrained(
     if missing:
         raise ModelError(
             f"{source} does not hold all weights of a {type(model).__name__}: {', '.join(missing[:5])} would be "
-            "random; give a folder that was saved from a causal language model"
+            "random; give a folder that was saved from a language model"
         )
     return model, tokenizer
 
@@ -271,12 +231,16 @@ def _load_trusted(
     return model, tokenizer, sorted(info["missing_keys"])
 
 
-def _check_causal(details: PreTrainedConfig, source: str) -> None:
-    if details.is_encoder_decoder:
-        raise ModelError(f"{source} is an encoder-decoder ({details.model_type}); a causal LM is needed")
+def _check_kind(details: PreTrainedConfig, source: str) -> None:
+    own = "AutoModelForSeq2SeqLM" in (getattr(details, "auto_map", None) or {})
+    if details.is_encoder_decoder and not own and type(details) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"{source} is an encoder-decoder ({details.model_type}) that does not go from text to text; give a model "
+            "of AutoModelForSeq2SeqLM (T5, BART and their kin) or a causal LM"
+        )
     for kind in details.architectures or []:
         if kind.endswith(("ForMaskedLM", "Classification", "ForQuestionAnswering")):
-            raise ModelError(f"{source} is a {kind}; a causal LM is needed")
+            raise ModelError(f"{source} is a {kind}; a causal LM is needed, or an encoder-decoder")
 
 
 def load_failure(source: str, error: Exception) -> str:
@@ -310,6 +274,8 @@ def _load_gguf(path: Path, config: ModelConfig, dtype: torch.dtype) -> tuple[Pre
         folder = str(link.parent)
         options: dict[str, Any] = {"gguf_file": link.name, "trust_remote_code": False}
         details = AutoConfig.from_pretrained(folder, **options)
+        if details.is_encoder_decoder:
+            raise ModelError(f"{path} holds an encoder-decoder; give its Hugging Face folder or hub id instead")
         check_size(AutoModelForCausalLM, details, header.weights, str(path))
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model = AutoModelForCausalLM.from_pretrained(

@@ -83,7 +83,7 @@ class LoRA:
 
 
 def add_lora(
-    model: PreTrainedModel | PeftModel, lora: LoRA, *, seed: int, task: str | None = "CAUSAL_LM", but: str | None = None
+    model: PreTrainedModel | PeftModel, lora: LoRA, *, seed: int, task: str | None = "language", but: str | None = None
 ) -> PeftModel:
     """``model`` with a fresh trainable adapter around its linear layers; everything else is frozen.
 
@@ -91,7 +91,8 @@ def add_lora(
     float32 whatever the model's dtype, and depend on ``seed`` alone: the global random state is neither read nor moved.
 
     Args:
-        task: PEFT's name for what the model does; None for models that PEFT shall not know anything about.
+        task: PEFT's name for what the model does, "language" for that of a language model of its kind; None for models
+            that PEFT shall not know anything about.
         but: full name of a layer that gets none.
 
     Raises:
@@ -102,7 +103,7 @@ def add_lora(
     targets = [name for name in _target_layers(model, lora.targets) if name != but]
     transposed = {isinstance(model.get_submodule(name), Conv1D) for name in targets}
     config = LoraConfig(
-        task_type=task,
+        task_type=_task_of(model) if task == "language" else task,
         r=lora.rank,
         lora_alpha=lora.scale * lora.rank,  # type: ignore[arg-type]
         lora_dropout=0.0,
@@ -115,6 +116,11 @@ def add_lora(
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     return adapted.eval()
+
+
+def _task_of(model: PreTrainedModel) -> str:
+    """PEFT's name for what a language model does."""
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def saved_adapter(view: ModelView) -> LoraConfig:
@@ -171,6 +177,7 @@ def load_adapter(base: PreTrainedModel, adapter: LoraConfig, view: ModelView) ->
         raise ModelError(f"{view.folder / ADAPTER_CONFIG} asks for the rank {rank}, which {file.name} does not have")
     adapter = copy.deepcopy(adapter)
     adapter.target_modules = sorted(ranks)
+    adapter.task_type = _task_of(base)
     # PEFT draws first weights before they are replaced; the global random state stays where it is.
     with torch.random.fork_rng(devices=[]):
         model = get_peft_model(base, adapter)

@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from accelerate import init_empty_weights
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+
+class AutoLanguageModel:
+    """The Auto class of language models: that of encoder-decoders where the configuration says so, or the causal."""
+
+    @staticmethod
+    def of(config: PreTrainedConfig) -> Any:
+        return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, **options: Any) -> Any:
+        return cls.of(config).from_config(config, **options)
+
+    @classmethod
+    def from_pretrained(cls, source: str, *, config: PreTrainedConfig, **options: Any) -> Any:
+        return cls.of(config).from_pretrained(source, config=config, **options)
 
 
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -38,6 +62,18 @@ def zero_dropout(config: PreTrainedConfig) -> None:
             setattr(config, name, 0.0)
 
 
+def _tie(plain: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+    """Tie what is one tensor in ``weights``. The configuration alone would tie T5 v1.1's two embeddings, too."""
+    wanted: dict[str, str] = plain.get_expanded_tied_weights_keys(all_submodels=True)
+
+    def are_one(first: str, second: str) -> bool:
+        one, other = weights.get(first), weights.get(second)
+        return one is None or other is None or (one.data_ptr() == other.data_ptr() and one.shape == other.shape)
+
+    plain.all_tied_weights_keys = {name: source for name, source in wanted.items() if are_one(name, source)}
+    plain.tie_weights(recompute_mapping=False)
+
+
 def with_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> PreTrainedModel:
     """A new plain model of the same class and configuration that holds ``weights`` themselves, not copies of them."""
     config = type(model.config).from_dict(model.config.to_dict())
@@ -50,7 +86,7 @@ def with_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> PreTrain
     with init_empty_weights(include_buffers=False):
         plain = type(model)(config)
     plain.load_state_dict(weights, assign=True)
-    plain.tie_weights()
+    _tie(plain, weights)
     if model.can_generate():
         plain.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
     plain.eval()

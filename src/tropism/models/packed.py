@@ -164,21 +164,32 @@ def layers_with_weights(model: nn.Module) -> list[nn.Module]:
     ]
 
 
+@torch.no_grad()
+def pack(layers: Sequence[nn.Module], weights: PackedWeights, dtype: torch.dtype) -> list[tuple[Any, Dense]]:
+    """Those of these layers that can be packed, each with its copy."""
+    found = [(layer, weights.dense([layer], dtype)) for layer in layers]
+    return [(layer, dense) for layer, dense in found if dense is not None]
+
+
 @contextmanager
-def packed_layers(layers: Sequence[nn.Module], weights: PackedWeights, dtype: torch.dtype) -> Iterator[None]:
-    """Inside the block these layers compute with packed weights. No gradient passes through them."""
+def computing_with(packed: Sequence[tuple[Any, Dense]]) -> Iterator[None]:
+    """Inside the block these layers compute with their packed weights. No gradient passes through them."""
     changed: list[Any] = []
     try:
-        with torch.no_grad():
-            for layer in layers:
-                dense = weights.dense([layer], dtype)
-                if dense is not None:
-                    layer.forward = _forward_of(dense)
-                    changed.append(layer)
+        for layer, dense in packed:
+            layer.forward = _forward_of(dense)
+            changed.append(layer)
         yield
     finally:
         for layer in changed:
             del layer.forward
+
+
+@contextmanager
+def packed_layers(layers: Sequence[nn.Module], weights: PackedWeights, dtype: torch.dtype) -> Iterator[None]:
+    """``computing_with`` what ``pack`` makes of these layers."""
+    with computing_with(pack(layers, weights, dtype)):
+        yield
 
 
 def _forward_of(dense: Dense) -> Any:

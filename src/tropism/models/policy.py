@@ -1,12 +1,11 @@
-"""The policy: a causal language model, with optional value or Q heads, that answers per completion token."""
+"""The policy: a language model, with optional value or Q heads, that answers per completion token."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,87 +14,31 @@ from torch.utils.checkpoint import checkpoint
 from tropism.errors import ModelError
 from tropism.models.conditioning import RewardSlots
 from tropism.models.emulation import emulates, emulation, rounded
+from tropism.models.filtered import Before, filtered_logprobs
 from tropism.models.heads import ValueHead
-from tropism.models.q_heads import WANTED, QHeads, WantedOfHeads
+from tropism.models.layout import Padding, join
+from tropism.models.output import PolicyOutput, Wanted
+from tropism.models.q_heads import WANTED, QHeads
 from tropism.models.rows import RowsForward, lay_out
 from tropism.models.sampling_model import SamplingModel, SamplingModels
+from tropism.models.seq2seq import EncoderDecoder, is_encoder_decoder
 from tropism.models.sharding import gather, gathered
+from tropism.models.trunk import FrozenTrunk, over_trunk
 from tropism.ops import entropy as entropy_of
 from tropism.ops import full_kl, linear_logprobs, token_logprobs
-from tropism.types import first_with_same_prompt
+from tropism.types import Filtering, first_with_same_prompt
 
-Padding = Literal["right", "left", "both"]
-Wanted = Literal["logprobs", "entropy", "values", "bootstrap_values", "hidden", "reference_kl"] | WantedOfHeads
 PROBE_TOLERANCE = 1e-3
 CHUNK_BYTES = (256 * 2**20, 24 * 2**20)
 """Logits of one chunk, on accelerators and on the CPU. There larger blocks leave the caches and, above 32 MB, are given
 back to the system and faulted in anew at every use."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PolicyOutput:
-    """What ``Policy.forward`` was asked for, at completion positions; the rest is None."""
-
-    logprobs: Tensor | None = None
-    """[B, T] of the completion tokens; 0 where not asked for."""
-    entropy: Tensor | None = None
-    """[B, T] of the distribution that predicts token t."""
-    values: Tensor | None = None
-    """[B, T] value before token t."""
-    bootstrap_values: Tensor | None = None
-    """[B] value after the last completion token."""
-    hidden: Tensor | None = None
-    """[B, T, H] what the vocabulary projection reads to predict token t; 0 where not asked for."""
-    reference_kl: Tensor | None = None
-    """[B, T] exact KL of the distribution that predicts token t from the reference's, over the whole vocabulary."""
-    state_values: Tensor | None = None
-    """[B, T] V before token t, by the Q heads' own V; 0 where not asked for, as all below."""
-    q: Tensor | None = None
-    """[B, T, K] value of token t by each of the K Q heads."""
-    q_logsumexp: Tensor | None = None
-    """[B, T, K] logsumexp of the values of all tokens in the place of token t."""
-    target_q: Tensor | None = None
-    """[B, T] value of token t by the target heads, the least of them; it has no gradient."""
-
-    def need(self, name: Wanted) -> Tensor:
-        """The tensor of that name; it must have been asked for."""
-        value = getattr(self, name)
-        assert value is not None, f"{name} was not in want"
-        return value  # type: ignore[no-any-return]
-
-
-def join(
-    prompt_ids: Tensor, prompt_lengths: Tensor, completion_ids: Tensor, completion_lengths: Tensor, *, padding: Padding
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Prompts and completions as one row each.
-
-    A prompt is padded on its left and a completion on its right, so the real tokens of a row already lie side by side
-    once the two are concatenated; only the row's offset is chosen here. Results must not depend on it (a test says so).
-
-    Args:
-        padding: where the pads of the joined rows go; "both" keeps them where they are.
-
-    Returns:
-        ids, attention mask (bool) and positions, each [B, L], and the column of each row's first completion token [B].
-        Positions count real tokens from 0; pads have position 0.
-    """
-    wide, total = prompt_ids.shape[1], prompt_lengths + completion_lengths
-    ids = torch.cat([prompt_ids, completion_ids], dim=1)
-    width = ids.shape[1] if padding == "both" else int(total.max())
-    first_real = {"right": torch.zeros_like(total), "left": width - total, "both": wide - prompt_lengths}[padding]
-    columns = torch.arange(width, device=ids.device)[None, :]
-    source = columns - first_real[:, None] + (wide - prompt_lengths)[:, None]
-    mask = (columns >= first_real[:, None]) & (columns < (first_real + total)[:, None])
-    ids = ids.gather(1, source.clamp(0, ids.shape[1] - 1))
-    positions = (columns - first_real[:, None]).clamp(min=0) * mask
-    return ids, mask, positions, first_real + prompt_lengths
-
-
 class Policy(nn.Module):
-    """A causal LM, its optional value head and reward slots behind one ``forward``, so that FSDP can wrap them all.
+    """A language model, its optional heads and reward slots behind one ``forward``, so that FSDP can wrap them all.
 
     Args:
-        model: a Hugging Face causal LM, or a PEFT model around one.
+        model: a Hugging Face causal LM or encoder-decoder, or a PEFT model around one.
         value_head: None where the method has no critic. q_heads: None where it has no values of actions.
         conditioning: what answers ids below 0 in prompts (``ops.slots``); None where no reward is asked for.
         chunk_size: completion tokens per pass through the vocabulary projection; None takes what keeps the logits
@@ -122,9 +65,15 @@ class Policy(nn.Module):
         self.padding: Padding = "right"
         self.reference_logits: Callable[[Tensor], Tensor] | None = None
         """The reference's vocabulary projection, for methods with an exact KL; it must not be sharded."""
+        self.trunk: FrozenTrunk | None = None
+        """What frozen blocks make of rows that pass again and again, computed once; None: in every pass."""
         self.sampling_models = SamplingModels(self)
         parameters = inspect.signature(self.body.forward).parameters
         self.takes_positions = "position_ids" in parameters
+        self.halves = EncoderDecoder(self) if is_encoder_decoder(self.language_model) else None
+        """Encoder and decoder; None of a causal model."""
+        self.hidden_scale = 1.0
+        """What hidden states are multiplied by before the vocabulary projection (T5 with tied embeddings)."""
         self._check_family()
         self.rows = RowsForward(self)
         vocabulary = self.language_model.get_output_embeddings().weight.shape[0]
@@ -143,13 +92,29 @@ class Policy(nn.Module):
 
     @property
     def input_embedding(self) -> Any:
-        """The module that turns ids into what the first layer reads."""
-        return self.language_model.get_input_embeddings()
+        """The module that turns ids of prompts into what the first layer reads."""
+        model = self.language_model if self.halves is None else self.halves.encoder
+        return model.get_input_embeddings()
 
     @property
     def hidden_size(self) -> int:
         """Width of what the vocabulary projection reads; not that of the layers in every family (OPT)."""
         return int(self.language_model.get_output_embeddings().weight.shape[1])
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether an encoder reads the prompt and a decoder the completion."""
+        return self.halves is not None
+
+    @property
+    def decoder_prefix(self) -> tuple[int, ...] | None:
+        """Ids that stand before every completion in an encoder-decoder's decoder; None of a causal model."""
+        return None if self.halves is None else self.halves.prefix
+
+    @property
+    def cached_layers(self) -> int:
+        """Layers that keep keys and values of the tokens before."""
+        return int(self.config.num_hidden_layers) if self.halves is None else self.halves.layers
 
     @property
     def takes_slots(self) -> bool:
@@ -172,7 +137,10 @@ class Policy(nn.Module):
 
     @property
     def context_length(self) -> int | None:
-        """Most tokens a row may have, or None where the architecture sets no limit (ALiBi)."""
+        """Most tokens a row may have, or None where the architecture sets no limit (ALiBi, T5).
+
+        Of an encoder-decoder the prompt is a row, and so is the completion with ``decoder_prefix`` before it.
+        """
         length = getattr(self.config, "max_position_embeddings", None)
         return int(length) if length else None
 
@@ -205,7 +173,11 @@ class Policy(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V] as the model itself computes them, scaling and soft-capping included."""
+        if self.hidden_scale != 1:
+            hidden = hidden * self.hidden_scale
         logits = self.language_model.get_output_embeddings()(hidden)
+        if (bias := getattr(self.language_model, "final_logits_bias", None)) is not None:  # BART
+            logits = logits + bias
         if scale := getattr(self.config, "logit_scale", None):  # Cohere
             logits = logits * scale
         if divisor := getattr(self.config, "logits_scaling", None):  # Granite
@@ -226,6 +198,7 @@ class Policy(nn.Module):
         want: Collection[Wanted] = frozenset({"logprobs"}),
         entropy_gradient: bool = False,
         reference_hidden: Tensor | None = None,
+        filtering: Filtering | None = None,
     ) -> PolicyOutput:
         """Only what is wanted, at the completion tokens in ``mask`` (default: all real ones).
 
@@ -237,26 +210,23 @@ class Policy(nn.Module):
             want: any field of ``PolicyOutput``.
             entropy_gradient: whether the entropy is trained (an entropy bonus) or only logged.
             reference_hidden: [B, T, H] ``hidden`` of the reference, for reference_kl, whose temperature is always 1.
+            filtering: log-probs and entropy are those of what it leaves; a token outside has -inf, and no gradient.
         """
-        ids, attention, positions, first = join(
-            prompt_ids, prompt_lengths, completion_ids, completion_lengths, padding=self.padding
-        )
-        if self.without_padding:
-            same = first_with_same_prompt(prompt_ids, prompt_lengths)
-            laid_out = lay_out(ids, attention, prompt_lengths, same)
-            flat, place = self.rows.hidden_states(laid_out), laid_out.place
-        else:
-            flat = self.hidden_states(ids, attention, positions).flatten(0, 1)
-            place = torch.arange(len(flat), device=ids.device).view(ids.shape)
+        flat, place, first = self._rows(prompt_ids, prompt_lengths, completion_ids, completion_lengths)
         width = completion_ids.shape[1]
-        real = torch.arange(width, device=ids.device)[None, :] < completion_lengths[:, None]
+        real = torch.arange(width, device=completion_ids.device)[None, :] < completion_lengths[:, None]
         chosen = real if mask is None else mask & real
         rows, tokens = torch.nonzero(chosen, as_tuple=True)
         # The one shift of the library: the hidden state one column earlier predicts the token.
         at_tokens = flat[place[rows, first[rows] + tokens - 1]]
         taken = completion_ids[rows, tokens]
         found = {} if WANTED.isdisjoint(want) else self._action_values(at_tokens, taken, want)
-        if not {"logprobs", "entropy", "reference_kl"}.isdisjoint(want):
+        if filtering is not None and not {"logprobs", "entropy"}.isdisjoint(want):
+            before = Before(prompt_ids, prompt_lengths, completion_ids, rows, tokens)
+            settings: dict[str, Any] = {"temperature": temperature, "chunk_size": self.chunk_size}
+            settings["entropy_gradient"] = entropy_gradient
+            found |= filtered_logprobs(self.logits, at_tokens, taken, before, filtering, **settings)
+        elif not {"logprobs", "entropy", "reference_kl"}.isdisjoint(want):
             compared = _at(reference_hidden, rows, tokens).to(at_tokens.dtype) if "reference_kl" in want else None
             found |= self._vocabulary(at_tokens, taken, temperature, "entropy" in want, entropy_gradient, compared)
         if "hidden" in want:
@@ -271,6 +241,25 @@ class Policy(nn.Module):
             after = (first + completion_lengths - 1)[:, None]
             output["bootstrap_values"] = self._values(flat[place.gather(1, after).squeeze(1)])
         return PolicyOutput(**output)
+
+    def _rows(
+        self, prompt_ids: Tensor, prompt_lengths: Tensor, completion_ids: Tensor, completion_lengths: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One pass over rows: [N, H] states, [B, L] where each row's are among them, [B] first completion columns."""
+        given = prompt_ids, prompt_lengths, completion_ids, completion_lengths
+        if self.halves is not None:
+            states, first = self.halves.hidden_states(*given, padding=self.padding)
+        else:
+            ids, attention, positions, first = join(*given, padding=self.padding)
+            if self.without_padding:
+                same = first_with_same_prompt(prompt_ids, prompt_lengths)
+                laid_out = lay_out(ids, attention, prompt_lengths, same)
+                with over_trunk(self.trunk, given, positions, attention, source=laid_out.source):
+                    return self.rows.hidden_states(laid_out), laid_out.place, first
+            with over_trunk(self.trunk, given, positions, attention):
+                states = self.hidden_states(ids, attention, positions)
+        flat = states.flatten(0, 1)
+        return flat, torch.arange(len(flat), device=flat.device).view(states.shape[:2]), first
 
     @property
     def recomputes_activations(self) -> bool:
@@ -313,6 +302,7 @@ class Policy(nn.Module):
         """Log-probs of ``ids`` [N], and where wanted entropies [N] and KL [N], from hidden states [N, H] by chunks."""
         weight = None if (with_entropy and entropy_gradient) or reference is not None else self._plain_head()
         if weight is not None:
+            hidden = hidden if self.hidden_scale == 1 else hidden * self.hidden_scale
             device = hidden.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
             cast = rounded if emulates(hidden.device) else lambda tensor: tensor.to(dtype)
@@ -361,6 +351,8 @@ class Policy(nn.Module):
         changed = ("logit_scale", "logits_scaling", "final_logit_softcapping")
         if type(head) is not nn.Linear or head.bias is not None or any(getattr(self.config, n, None) for n in changed):
             return None
+        if (bias := getattr(self.language_model, "final_logits_bias", None)) is not None and bool(bias.any()):
+            return None
         return head.weight
 
     @torch.no_grad()
@@ -369,8 +361,11 @@ class Policy(nn.Module):
         ids = torch.tensor([[1, 0]], device=self.device)
         mask, positions = torch.ones_like(ids, dtype=torch.bool), torch.arange(2, device=self.device)[None]
         try:
-            own = self.language_model(input_ids=ids, attention_mask=mask.long()).logits.float()
-            ours = self.logits(self.hidden_states(ids, mask, positions)).float()
+            if self.halves is not None:
+                own, ours = self.halves.probe(ids, mask, positions)
+            else:
+                own = self.language_model(input_ids=ids, attention_mask=mask.long()).logits.float()
+                ours = self.logits(self.hidden_states(ids, mask, positions)).float()
         except Exception as error:
             family = type(self.language_model).__name__
             raise ModelError(f"{family} cannot be used: a forward pass over two tokens failed: {error}") from error

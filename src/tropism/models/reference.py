@@ -31,6 +31,8 @@ class Reference:
             self.kind = "copy"
             frozen = _copy_of_trained(policy.model).requires_grad_(False)
             self.frozen = Policy(frozen, chunk_size=policy.chunk_size).eval()
+            if policy.trunk is not None:
+                policy.trunk.share_with(self.frozen)
         else:
             self.kind = "adapter" if self.ADAPTER in adapters else "disabled"
 

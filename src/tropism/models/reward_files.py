@@ -21,7 +21,6 @@ from tropism.models.loading import (
     DEMO,
     LoadedModel,
     ModelConfig,
-    SpecialTokens,
     attention_options,
     device_named,
     dtype_named,
@@ -32,6 +31,7 @@ from tropism.models.loading import (
 from tropism.models.modules import base_model, disable_dropout, with_weights, zero_dropout
 from tropism.models.reward_model import RewardModel
 from tropism.models.saving import merged_weights, save_plain, tensors_of
+from tropism.models.special_tokens import SpecialTokens
 
 logger = logging.getLogger("tropism")
 

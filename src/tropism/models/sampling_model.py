@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
@@ -15,7 +16,7 @@ from tropism.errors import ModelError
 from tropism.models import fused_gpt2, fused_llama
 from tropism.models.fused import Builder, FusedDecoder, GrowingView, UnsupportedError, agrees
 from tropism.models.graphed import GraphedSteps
-from tropism.models.packed import PackedWeights, cpu_multiplies, layers_with_weights, packed_layers
+from tropism.models.packed import Dense, PackedWeights, computing_with, cpu_multiplies, layers_with_weights, pack
 from tropism.models.sharding import is_sharded
 
 logger = logging.getLogger("tropism")
@@ -42,8 +43,14 @@ class SamplingModel:
         self.graphed = GraphedSteps(decoder, dtype) if graphs and decoder is not None else None
 
     def hidden_states(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """[B, L] ids -> [B, L, H], see ``Policy.hidden_states``."""
+        """[B, L] ids -> [B, L, H], see ``Policy.hidden_states``; of an encoder-decoder those of its decoder."""
+        if self.policy.halves is not None:
+            return self.policy.halves.decode(ids, mask, positions, *cache.encoder_states(), cache)  # type: ignore[no-any-return]
         return self.policy.hidden_states(ids, mask, positions, cache)  # type: ignore[no-any-return]
+
+    def encode(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """[B, P] ids of prompts -> [B, P, H] states of an encoder-decoder's encoder."""
+        return self.policy.halves.encode(ids, mask, positions)  # type: ignore[no-any-return]
 
     def decode(self, ids: Tensor, cache: Any) -> Tensor:
         """[R] ids of the next token of every row -> [R, H]; their keys and values go to the column of the cursor."""
@@ -74,6 +81,39 @@ class SamplingModel:
         return self.policy.logits(hidden)  # type: ignore[no-any-return]
 
 
+class PreparedSampling:
+    """A ``SamplingModel`` and the packed layers that belong to it, as of the moment when they were made.
+
+    Between passes nothing of it is in force: the model computes and trains as ever.
+    """
+
+    def __init__(self, model: SamplingModel, packed: Sequence[tuple[Any, Dense]]) -> None:
+        self.model = model
+        self._packed = packed
+        self._modules = list(model.policy.model.modules())
+        self._adapted = [module for module in self._modules if isinstance(module, LoraLayer)]
+        self._stamp = self._stamp_now()
+
+    def computing(self) -> AbstractContextManager[None]:
+        """A block of passes with ``model``, without gradients; nothing may train inside."""
+        return computing_with(self._packed)
+
+    @property
+    def up_to_date(self) -> bool:
+        """Whether weights and active adapters are still those of the moment when this was made."""
+        return self._stamp_now() == self._stamp
+
+    def _stamp_now(self) -> tuple[Any, ...]:
+        """What changes when weights are replaced or written to, or other adapters become active."""
+        weights = [
+            (id(weight), weight.data_ptr(), weight._version)
+            for module in self._modules
+            for weight in module._parameters.values()
+            if weight is not None
+        ]
+        return weights, [(layer.disable_adapters, tuple(layer.active_adapters)) for layer in self._adapted]
+
+
 class SamplingModels:
     """Makes a policy's ``SamplingModel`` anew whenever it samples, and remembers what does not change."""
 
@@ -89,6 +129,23 @@ class SamplingModels:
         Raises:
             ModelError: the weights are sharded at this moment.
         """
+        try:
+            prepared = self.prepare()
+            with prepared.computing():
+                yield prepared.model
+        finally:
+            if isinstance(self.policy, FSDPModule):  # copies must not outlive the whole weights they are made of
+                self.weights = PackedWeights()
+
+    def prepare(self, *, fused: bool = True) -> PreparedSampling:
+        """What ``ready`` computes with, for a caller who takes one pass at a time and trains in between.
+
+        Args:
+            fused: let the family's fused step take decode steps; the model's own forward does otherwise.
+
+        Raises:
+            ModelError: the weights are sharded at this moment.
+        """
         if is_sharded(self.policy):
             raise ModelError(
                 "the weights are sharded over processes, and a process that samples needs them whole; enter "
@@ -98,15 +155,11 @@ class SamplingModels:
         reduced = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if reduced else self.policy.dtype
         emulated = device == "cpu" and not cpu_multiplies(dtype)
-        decoder = self._decoder(dtype)
+        decoder = self._decoder(dtype) if fused else None
         head = self.policy.language_model.get_output_embeddings()
         layers = [head] if decoder is not None else layers_with_weights(self.policy.model)
-        try:
-            with packed_layers(layers, self.weights, dtype):
-                yield SamplingModel(self.policy, decoder, torch.float32 if emulated else dtype)
-        finally:
-            if isinstance(self.policy, FSDPModule):  # copies must not outlive the whole weights they are made of
-                self.weights = PackedWeights()
+        packed = pack(layers, self.weights, dtype)
+        return PreparedSampling(SamplingModel(self.policy, decoder, torch.float32 if emulated else dtype), packed)
 
     def _decoder(self, dtype: torch.dtype) -> FusedDecoder | None:
         """The family's fused step, or None; one that disagrees with the model is never used again."""

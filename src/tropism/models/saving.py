@@ -15,10 +15,11 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tropism.errors import ModelError
-from tropism.models.modules import base_model, with_weights
+from tropism.models.modules import AutoLanguageModel, base_model, with_weights
+from tropism.models.seq2seq import is_encoder_decoder
 from tropism.storage import flush, writing
 
 logger = logging.getLogger(__name__)
@@ -111,23 +112,26 @@ def verify_plain(model: PreTrainedModel | PeftModel, folder: str | Path, ids: Te
     """Largest absolute difference of logits between ``model`` and what ``folder`` loads as, on the same device.
 
     Args:
-        ids: [B, L] token ids without padding.
+        ids: [B, L] token ids without padding; an encoder-decoder reads them in both halves.
     """
     live = base_model(model)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoLanguageModel.from_pretrained(
         str(folder),
+        config=AutoConfig.from_pretrained(str(folder), trust_remote_code=False),
         dtype=live.dtype,
         attn_implementation=live.config._attn_implementation,
         trust_remote_code=False,
     )
     ids = ids.to(live.device)
     loaded.to(live.device).eval()
-    mask = torch.ones_like(ids)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    if is_encoder_decoder(live):
+        given["decoder_input_ids"] = ids
     was_training = model.training
     model.eval()
-    expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    expected = model(**given).logits
     model.train(was_training)
-    found = loaded(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    found = loaded(**given).logits
     return float((expected.float() - found.float()).abs().max())
 
 

@@ -54,6 +54,13 @@ def probe_slots(policy: Policy, conditioner: Any) -> None:
 
 
 def _last_hidden(policy: Policy, ids: torch.Tensor) -> torch.Tensor:
+    """[1, H] what predicts the first token after a prompt."""
+    if policy.encoder_decoder:
+        one = torch.ones(1, dtype=torch.long, device=ids.device)
+        output = policy(
+            ids, one * ids.shape[1], completion_ids=one[None] - 1, completion_lengths=one, want=frozenset({"hidden"})
+        )
+        return output.need("hidden")[:, 0]  # type: ignore[no-any-return]
     mask = torch.ones_like(ids, dtype=torch.bool)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     return policy.hidden_states(ids, mask, positions)[:, -1]

@@ -8,7 +8,14 @@ batch divides. Shapes are checked, never broadcast; a mistake is a ``ValueError`
 from __future__ import annotations
 
 from tropism.ops.action_values import taken_and_logsumexp
-from tropism.ops.advantages import GROUP_STD_EPSILON, gae, group_advantages, leave_one_out_advantages
+from tropism.ops.advantages import (
+    GROUP_STD_EPSILON,
+    gae,
+    group_advantages,
+    group_advantages_per_token,
+    leave_one_out_advantages,
+    rewards_to_go,
+)
 from tropism.ops.divergences import LOG_RATIO_LIMIT, clamped_fraction, full_kl, kl_k1, kl_k2, kl_k3
 from tropism.ops.importance import effective_sample_size, truncated_importance_weights
 from tropism.ops.logprobs import entropy, tempered, token_logprobs
@@ -32,6 +39,7 @@ from tropism.ops.policy_losses import (
 from tropism.ops.preference_losses import best_of_k_loss, bradley_terry_loss, dpo_loss, kto_loss
 from tropism.ops.rewards import penalised_rewards, score_at_last_token
 from tropism.ops.slots import read_slots, slot_id, without_slots
+from tropism.ops.truncation import penalised, truncated
 from tropism.ops.vocabulary import linear_logprobs
 
 __all__ = [
@@ -55,6 +63,7 @@ __all__ = [
     "full_kl",
     "gae",
     "group_advantages",
+    "group_advantages_per_token",
     "kl_k1",
     "kl_k2",
     "kl_k3",
@@ -66,8 +75,10 @@ __all__ = [
     "masked_sum",
     "masked_whiten",
     "next_action_values",
+    "penalised",
     "penalised_rewards",
     "read_slots",
+    "rewards_to_go",
     "score_at_last_token",
     "sequence_log_ratio",
     "sequence_policy_loss",
@@ -76,6 +87,7 @@ __all__ = [
     "td_targets",
     "tempered",
     "token_logprobs",
+    "truncated",
     "truncated_importance_weights",
     "without_slots",
 ]

@@ -93,21 +93,79 @@ def group_advantages(
         ValueError: ``rewards`` is not one-dimensional, its length is no multiple of ``group_size``, ``group_size`` < 2,
             ``scored`` has another shape or is not bool, or ``scale`` is unknown.
     """
-    groups, scored_groups = _groups(rewards, group_size, scored)
-    deviations = masked_deviations(groups, scored_groups)
+    require_rank(1, rewards=rewards)
+    return group_advantages_per_token(rewards[:, None], group_size, scale=scale, scored=scored).squeeze(-1)
+
+
+def group_advantages_per_token(
+    rewards_to_go: Tensor,
+    group_size: int,
+    *,
+    scale: Literal["group", "batch", "none"] = "group",
+    scored: Tensor | None = None,
+) -> Tensor:
+    """Advantage of each token over what its group still earns on average from the same place on.
+
+    A_it = (G_it - mean(G_t of the group)) / (std + 1e-4), std the largest over t of the standard deviations of
+    G_t, each over the group ("group") or all scored completions ("batch"); the mean depends on the place alone,
+    so that it is a baseline. Rewards of whole completions have G_it = r_i for all t, which is GRPO; with rewards of
+    steps this is its process supervision (https://arxiv.org/abs/2402.03300, 4.1.3) with a baseline for each place.
+
+    Args:
+        rewards_to_go: [P * G, T] what token t and all that follow it earn, groups contiguous; see ``rewards_to_go``.
+        group_size: G >= 2 completions per prompt.
+        scale: what the difference is divided by. Deviations by place would be 0 where only the ends differ, hence one.
+        scored: [P * G] bool; false leaves a completion out of means and deviations. None means all are scored.
+
+    Returns:
+        [P * G, T] fp32 advantages (fp64 for fp64 rewards); exactly 0 for unscored completions, for the only scored one
+        of a group, and where the members of a group do not differ. Entries beyond the end of a completion are no
+        advantages of anything: mask them.
+
+    Raises:
+        ValueError: ``rewards_to_go`` is not two-dimensional, its length is no multiple of ``group_size``,
+            ``group_size`` < 2, ``scored`` has another shape or is not bool, or ``scale`` is unknown.
+    """
+    require_rank(2, rewards_to_go=rewards_to_go)
+    _, scored_groups = _groups(rewards_to_go.sum(-1), group_size, scored)
+    places = upcast(rewards_to_go).T  # [T, P * G]
+    members = scored_groups.expand(len(places), -1, -1)
+    deviations = masked_deviations(places.unflatten(-1, scored_groups.shape), members)
     match scale:
         case "group":
-            deviations = deviations / (_std(deviations, scored_groups) + GROUP_STD_EPSILON)
+            deviations = deviations / (_largest(_std(deviations, members)) + GROUP_STD_EPSILON)
         case "batch":
-            everyone = scored_groups.flatten()
+            everyone = members.flatten(1)
             deviations = deviations / (
-                _std(masked_deviations(groups.flatten(), everyone), everyone) + GROUP_STD_EPSILON
+                _largest(_std(masked_deviations(places, everyone), everyone)) + GROUP_STD_EPSILON
             )
         case "none":
             pass
         case _:
             raise ValueError(f"scale must be 'group', 'batch' or 'none', not {scale!r}")
-    return deviations.flatten()
+    return deviations.flatten(1).T
+
+
+def rewards_to_go(rewards: Tensor, token_rewards: Tensor) -> Tensor:
+    """What each token and all that follow it earn, with the reward of the whole completion.
+
+    G_it = r_i + sum_{s >= t} r_is
+
+    Args:
+        rewards: [B] of whole completions.
+        token_rewards: [B, T], 0 beyond the end.
+
+    Returns:
+        [B, T] fp32 (fp64 for fp64 rewards).
+
+    Raises:
+        ValueError: the tensors are not of these shapes.
+    """
+    require_rank(1, rewards=rewards)
+    require_rank(2, token_rewards=token_rewards)
+    if len(rewards) != len(token_rewards):
+        raise ValueError(f"rewards must be [B]: {describe_shapes(rewards=rewards, token_rewards=token_rewards)}")
+    return upcast(rewards)[:, None] + upcast(token_rewards).flip(-1).cumsum(-1).flip(-1)
 
 
 def leave_one_out_advantages(rewards: Tensor, group_size: int, *, scored: Tensor | None = None) -> Tensor:
@@ -146,6 +204,11 @@ def _groups(rewards: Tensor, group_size: int, scored: Tensor | None) -> tuple[Te
     require_same_shape(rewards=rewards, scored=scored)
     require_bool(scored=scored)
     return upcast(rewards).view(-1, group_size), scored.view(-1, group_size)
+
+
+def _largest(deviations: Tensor) -> Tensor:
+    """[1, ...] the largest over the first dimension; 0 where it has no entries."""
+    return deviations.amax(0, keepdim=True) if len(deviations) else deviations.new_zeros((1, *deviations.shape[1:]))
 
 
 def _std(deviations: Tensor, scored: Tensor) -> Tensor:

@@ -11,19 +11,39 @@ from tropism.rollouts.config import Sampling
 from tropism.rollouts.ends import end_token_id
 
 
-def check_context(prefixes: Sequence[tuple[tuple[int, ...], ...]], sampling: Sampling, limit: int | None) -> None:
+def check_context(
+    prefixes: Sequence[tuple[tuple[int, ...], ...]],
+    sampling: Sampling,
+    limit: int | None,
+    *,
+    decoder_prefix: Sequence[int] | None = None,
+) -> None:
     """Whether every prompt has tokens, and room for its completion.
+
+    Args:
+        limit: most tokens of a row; None: any number.
+        decoder_prefix: of an encoder-decoder, whose prompts and completions (behind this prefix) are rows of their own.
 
     Raises:
         ConfigError: names the first that has not.
     """
+    apart, new = decoder_prefix is not None, sampling.max_new_tokens
+    if apart and limit is not None and len(decoder_prefix or ()) + new > limit:
+        raise ConfigError(
+            f"max_new_tokens={new} and the {len(decoder_prefix or ())} tokens that the decoder begins with exceed the "
+            f"{limit} tokens that it may read; lower sampling.max_new_tokens"
+        )
     for index, prefix in enumerate(prefixes):
         longest = max(len(ids) for ids in prefix)
         if min(len(ids) for ids in prefix) == 0:
             raise ConfigError(f"prompt {index} has no tokens; the model needs at least one to start from")
-        if limit is not None and longest + sampling.max_new_tokens > limit:
+        if apart and limit is not None and longest > limit:
             raise ConfigError(
-                f"prompt {index} has {longest} tokens; with max_new_tokens={sampling.max_new_tokens} that exceeds the "
+                f"prompt {index} has {longest} tokens, and the encoder reads {limit} at most; shorten the prompt"
+            )
+        if not apart and limit is not None and longest + new > limit:
+            raise ConfigError(
+                f"prompt {index} has {longest} tokens; with max_new_tokens={new} that exceeds the "
                 f"model's context of {limit}: shorten the prompt or lower sampling.max_new_tokens"
             )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self, get_args
 
 Beyond = Literal["stop", "mask", "train"]
+PolicyDistribution = Literal["tempered", "filtered"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,10 @@ class Sampling:
     """Of a model with Q heads (ilql): so much of each token's advantage is added to its logit; 0 leaves it as it is."""
     allowed_tokens: str | None = None
     """A JSON file {token: [tokens that may follow it]}; no other token is sampled. None: every token may follow."""
+    policy_distribution: PolicyDistribution = "tempered"
+    """Which distribution ppo, grpo and rloo train, and ratio and KL are about: `tempered` is the model's at this
+    temperature, whatever else samples; `filtered` is what remains of it after the repetition penalty, top-k, top-p and
+    min-p. A token that leaves the filtered set has ratio 0 and no gradient: the policy cannot learn it back."""
     batch_size: int = 64
     """Most rows decoded at once; as rows end, waiting prompts take their place."""
 
@@ -88,8 +93,29 @@ class Sampling:
         for message, holds in checks.items():
             if not holds:
                 raise ValueError(message)
+        self._check_policy_distribution()
         if self.truncation is not None:
             self._check_truncation(self.truncation)
+
+    def _check_policy_distribution(self) -> None:
+        if self.policy_distribution not in get_args(PolicyDistribution):
+            known = ", ".join(get_args(PolicyDistribution))
+            raise ValueError(f"policy_distribution must be one of {known}, not {self.policy_distribution!r:.60}")
+        if self.policy_distribution == "tempered":
+            return
+        others = {
+            "temperature=0": self.temperature == 0,
+            "min_new_tokens": self.min_new_tokens > 0,
+            "beta": self.beta > 0,
+            "allowed_tokens": self.allowed_tokens is not None,
+        }
+        for name, given in others.items():
+            if given:
+                raise ValueError(
+                    f"policy_distribution='filtered' knows what the repetition penalty, top-k, top-p and min-p leave, "
+                    f"and {name} changes it in a way that training does not compute. Leave {name} out, or set "
+                    "policy_distribution to 'tempered'"
+                )
 
     def _check_truncation(self, truncation: Truncation) -> None:
         after, beyond = truncation.after, truncation.beyond

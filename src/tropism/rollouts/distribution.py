@@ -8,13 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tropism.ops import truncated
 from tropism.rollouts.config import Sampling
 
 LOG2_E = 1 / math.log(2)
 BLOCK = 256
 """Tokens per block of the two-level inverse CDF."""
-NUCLEUS_HEAD = 1024
-"""Top-p looks at this many most likely tokens before it sorts the whole vocabulary."""
 
 
 def penalise_repetition(logits: Tensor, ids: Sequence[Sequence[int]], penalty: float) -> Tensor:
@@ -30,31 +29,8 @@ def penalise_repetition(logits: Tensor, ids: Sequence[Sequence[int]], penalty: f
 
 
 def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Tempered logits [R, V] with -inf outside the top-k, top-p and min-p sets (in that order, as in transformers)."""
-    if 0 < sampling.top_k < logits.shape[-1]:
-        kth = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if sampling.top_p < 1:
-        logits = logits.masked_fill(logits < _nucleus_threshold(logits, sampling.top_p), -torch.inf)
-    if sampling.min_p > 0:
-        probabilities = logits.softmax(-1)
-        floor = sampling.min_p * probabilities.amax(-1, keepdim=True)
-        logits = logits.masked_fill(probabilities < floor, -torch.inf)
-    return logits
-
-
-def _nucleus_threshold(logits: Tensor, top_p: float) -> Tensor:
-    """[R, 1] smallest logit of the smallest set with probability at least ``top_p``; sorts the head only if it can."""
-    logits = logits.float()
-    total = logits.logsumexp(-1, keepdim=True)
-    for head in (min(NUCLEUS_HEAD, logits.shape[-1]), logits.shape[-1]):
-        top = logits.topk(head, dim=-1).values
-        before = (top - total).exp().cumsum(-1)
-        if bool((before[:, -1] >= top_p).all()):
-            break
-    # The crossing token stays: count the tokens before which less than top_p has been gathered.
-    kept = 1 + (before[:, :-1] < top_p).sum(-1, keepdim=True)
-    return top.gather(-1, kept - 1)
+    """Tempered logits [..., V] with -inf outside the top-k, top-p and min-p sets, in that order, as in transformers."""
+    return truncated(logits, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The embedded sampler: decodes with the policy itself, on any causal LM.
+"""The embedded sampler: decodes with the policy itself, a causal LM or an encoder-decoder.
 
 Rows that end leave the batch and waiting rows take their place; the completions of equal prompts share one prefill; the
 KV cache is allocated once; log-probs fall out of sampling; every draw has its own key.
@@ -24,7 +24,7 @@ from tropism.rollouts.checks import check_context, check_ends, check_ids
 from tropism.rollouts.config import Sampling
 from tropism.rollouts.distribution import draw, penalise_repetition, truncate
 from tropism.rollouts.ends import Ends
-from tropism.rollouts.kv_cache import SlabCache
+from tropism.rollouts.prefill import RowCache, prefill, room_for
 from tropism.rollouts.protocol import Capabilities, FilterContext, GeneratingPolicy, LogitFilter, SamplingModel
 from tropism.rollouts.randomness import StreamKey
 from tropism.rollouts.sampling_filters import filters_of
@@ -63,7 +63,7 @@ class _Prefill:
 
     wave: int
     """Number of that pass; the prefixes that it computed share ``cache``."""
-    cache: SlabCache
+    cache: RowCache
     place: int
     """First cache row of this prefix."""
     hidden: Tensor
@@ -108,7 +108,7 @@ class EmbeddedSampler:
         ]
         if len({len(p) for p in prefixes}) > 1:
             raise ConfigError("every prompt needs the same number of streams")
-        check_context(prefixes, sampling, policy.context_length)
+        check_context(prefixes, sampling, policy.context_length, decoder_prefix=policy.decoder_prefix)
         vocabulary = int(policy.config.vocab_size)
         check_ids(prefixes, vocabulary, slots=policy.takes_slots)
         check_ends(sampling, self.tokenizer, vocabulary)
@@ -168,19 +168,13 @@ class _Decoder:
         self.waiting = deque(rows)
         self.active: list[_Row] = []
         self.width = min(len(rows), max(1, sampling.batch_size // self.streams))
-        self.longest = max(len(ids) for row in rows for ids in row.prefixes)
-        self.layers = int(policy.config.num_hidden_layers)
-        slack = SLACK if len(rows) > self.width else 1
-        columns = self.longest + sampling.max_new_tokens + slack
-        self.cache = self._new_cache(self.width * self.streams, columns, torch.zeros(0, dtype=torch.long))
+        longest = max(len(ids) for row in rows for ids in row.prefixes)
+        new = sampling.max_new_tokens + (SLACK if len(rows) > self.width else 1)
+        self.cache = room_for(policy, model, rows=self.width * self.streams, longest=longest, new=new)
         self.prefilled: dict[tuple[tuple[int, ...], ...], _Prefill] = {}
         self.waves = 0
         self.uses = Counter(row.prefixes for row in rows)
         self.hidden: Tensor | None = None
-
-    def _new_cache(self, slots: int, columns: int, starts: Tensor) -> SlabCache:
-        starts = starts.to(self.device)
-        return SlabCache(layers=self.layers, slots=slots, columns=columns, starts=starts, dtype=self.model.cache_dtype)
 
     def run(self) -> None:
         while self.waiting or self.active:
@@ -209,7 +203,7 @@ class _Decoder:
             members = list(group)
             places = [prefill.place + stream for prefill in members for stream in range(self.streams)]
             self.cache.make_room(members[0].cache.cursor)
-            self.cache.append(members[0].cache, torch.tensor(places, device=self.device))
+            self.cache.append(members[0].cache, torch.tensor(places, device=self.device))  # type: ignore[arg-type]
         for row in entering:
             self.uses[row.prefixes] -= 1
             if self.uses[row.prefixes] == 0:
@@ -219,15 +213,9 @@ class _Decoder:
         self.active.extend(entering)
 
     def _prefill(self, missing: Sequence[tuple[tuple[int, ...], ...]]) -> None:
-        """One forward pass over distinct prefixes, padded on the left; keeps their cache and last hidden states."""
+        """One forward pass over distinct prefixes; keeps their cache and last hidden states."""
         flat = [ids for prefixes in missing for ids in prefixes]
-        ids = pad_rows(flat, left=True).to(self.device)
-        starts = torch.tensor([ids.shape[1] - len(row) for row in flat], device=ids.device)
-        cache = self._new_cache(len(flat), ids.shape[1], starts)
-        mask = cache.mask(ids.shape[1])
-        positions = (torch.arange(ids.shape[1], device=ids.device)[None, :] - starts[:, None]).clamp(min=0)
-        hidden = self.model.hidden_states(ids, mask, positions, cache)[:, -1]
-        cache.advance(ids.shape[1])
+        cache, hidden = prefill(self.policy, self.model, flat)
         for index, prefixes in enumerate(missing):
             place = index * self.streams
             own = hidden[place : place + self.streams]
@@ -322,10 +310,9 @@ class _Decoder:
     def _filtered(self, logits: Tensor, stream_logits: Tensor) -> Tensor:
         """Logits [R, V] of the distribution that is sampled from."""
         sampling = self.sampling
-        if sampling.repetition_penalty != 1 or self.filters:
-            ids = [[*row.prompt, *row.ids] for row in self.active]
         if self.filters:
             assert self.hidden is not None
+            ids = [[*row.prompt, *row.ids] for row in self.active]
             context = FilterContext(
                 stream_logits=stream_logits,
                 hidden=self.hidden,
@@ -336,7 +323,10 @@ class _Decoder:
             for change in self.filters:
                 logits = change(logits, context)
         if sampling.repetition_penalty != 1:
-            logits = penalise_repetition(logits, ids, sampling.repetition_penalty)
+            # Of an encoder-decoder what its decoder has read; a summary may repeat words of the text.
+            prefix = self.policy.decoder_prefix
+            read = [[*(row.prompt if prefix is None else prefix), *row.ids] for row in self.active]
+            logits = penalise_repetition(logits, read, sampling.repetition_penalty)
         early = self._early_rows()
         if early is not None:
             logits = logits.clone()
@@ -349,10 +339,10 @@ class _Decoder:
         return torch.from_numpy(self.key.uniforms(samples, tokens))
 
     def _finish(self) -> None:
-        stops = self.ends.stops
+        stops, apart = self.ends.stops, self.policy.decoder_prefix is not None
         for row in self.active:
             if stops is not None and not row.spelled_stop:
-                row.spelled_stop = stops.ended(row.prompt, row.ids)
+                row.spelled_stop = stops.ended(() if apart else row.prompt, row.ids)
             row.finish_reason = self.ends.reason(row.ids, spelled_stop=row.spelled_stop)
 
     def _drop_ended(self) -> Tensor:

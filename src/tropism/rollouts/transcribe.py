@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tropism.rollouts.stops import added_text, cut_at_stop, decode
+from tropism.texts import decoder_prefix_of
 from tropism.types import Messages, Prompt, RewardInputs, Rollouts
 
 
@@ -39,5 +40,6 @@ class Transcriber:
     def completion(self, prompt: Prompt, ids: Sequence[int]) -> str | Messages:
         """The completion of one prompt: text after text, an assistant message after messages."""
         if isinstance(prompt.text, str):
-            return cut_at_stop(added_text(self.tokenizer, prompt.ids, ids), self.stop)
+            before = prompt.ids if decoder_prefix_of(self.tokenizer) is None else ()
+            return cut_at_stop(added_text(self.tokenizer, before, ids), self.stop)
         return [{"role": "assistant", "content": cut_at_stop(decode(self.tokenizer, ids), self.stop)}]

@@ -42,6 +42,9 @@ class Architecture:
     """Tensors of ``intermediate_size`` that one feed-forward block keeps for its backward pass: 4 where it is gated
     (gate, its activation, up, their product), 2 for linear, activation, linear; 5 where the activation is computed in
     steps."""
+    cached_layers: int | None = None
+    """Layers that keep keys and values while rows are sampled; None: all. Of an encoder-decoder the decoder's, which
+    keep those of the prompt, too."""
     eager_attention: bool = False
     """Whether attention keeps the scores of every head, as eager attention does."""
 
@@ -96,6 +99,8 @@ class Load:
     """Of the longest prompt."""
     max_new_tokens: int = 0
     sampling_batch_size: int = 64
+    trunk: int = 0
+    """What frozen blocks give for the rows of a step, where it is kept from pass to pass."""
     on_host: bool = True
     """Whether the memory that trains is the host's: models are exported there, and its C library leaves holes."""
     merges: int = 0
@@ -231,6 +236,7 @@ def _update(architecture: Architecture, load: Load) -> dict[str, int]:
         "logits": min(logits, LOGITS_KEPT) + LOGITS_COPIES * min(logits, load.chunk_bytes),
         "copies of weights": load.cast,
         "work": max(_work(architecture, load, load.micro_batch), load.largest),
+        **_kept(load),
     }
     if load.on_host:
         parts["holes"] = round(HOLES * sum(parts.values())) + _holes_of_adapters(architecture, load)
@@ -248,7 +254,8 @@ def _holes_of_adapters(architecture: Architecture, load: Load) -> int:
 
 def _sampling(architecture: Architecture, load: Load) -> dict[str, int]:
     rows, size = load.decoded_rows, load.compute_size
-    per_column = 2 * architecture.layers * architecture.kv_heads * architecture.head_size * size
+    layers = architecture.layers if architecture.cached_layers is None else architecture.cached_layers
+    per_column = 2 * layers * architecture.kv_heads * architecture.head_size * size
     prefilled = min(load.sampled_prompts, rows) * load.prompt_tokens
     columns = load.prompt_tokens + load.max_new_tokens + SLACK_COLUMNS
     return {
@@ -267,7 +274,12 @@ def _scoring(architecture: Architecture, load: Load) -> dict[str, int]:
         "logits": LOGITS_COPIES * min(logits, load.chunk_bytes),
         "work": _work(architecture, load, tokens),
         "copies of weights": load.cast,
+        **_kept(load),
     }
+
+
+def _kept(load: Load) -> dict[str, int]:
+    return {"what frozen blocks give": load.trunk} if load.trunk else {}
 
 
 def suggestions(architecture: Architecture, load: Load, available: float, *, most: int = 3) -> list[tuple[str, int]]:

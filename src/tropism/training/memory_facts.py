@@ -25,6 +25,7 @@ from tropism.training.memory_estimate import (
     suggestions,
 )
 from tropism.training.processes import Processes
+from tropism.training.scoring import MOST_KEPT_BYTES
 
 logger = logging.getLogger("tropism")
 
@@ -122,13 +123,15 @@ def architecture_of(policy: Any) -> Architecture:
     config, model = policy.config, policy.language_model
     hidden = int(config.hidden_size)
     heads = int(config.num_attention_heads)
-    inner = _first(config, "intermediate_size", "ffn_dim", "n_inner")
-    activation = _first(config, "hidden_activation", "hidden_act", "activation_function")
+    inner = _first(config, "intermediate_size", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim")
+    activation = _first(config, "hidden_activation", "hidden_act", "activation_function", "dense_act_fn")
     gated = any("gate" in name.rpartition(".")[2] for name, _ in model.named_modules())
+    gated = gated or getattr(config, "is_gated_act", False)
     return Architecture(
         hidden_size=hidden,
         intermediate_size=int(inner or 4 * hidden),
-        layers=int(config.num_hidden_layers),
+        layers=_layers(policy),
+        cached_layers=policy.cached_layers if getattr(policy, "encoder_decoder", False) else None,
         heads=heads,
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_size=int(getattr(config, "head_dim", None) or hidden // heads),
@@ -167,6 +170,8 @@ class Rows:
     longest_prompt: int = 0
     max_new_tokens: int = 0
     sampling_batch_size: int = 64
+    repeated: bool = False
+    """Whether the rows of a step are passed several times, so that frozen blocks are computed once for all passes."""
 
 
 def rows_of(
@@ -199,6 +204,7 @@ def rows_of(
         longest_prompt=longest,
         max_new_tokens=new,
         sampling_batch_size=sampling.batch_size,
+        repeated=getattr(config, "num_epochs", 0) + config.needs_reference > 1,
     )
 
 
@@ -283,6 +289,7 @@ def load_of(policy: Any, reference: Any, rows: Rows, trainer: TrainerConfig, *, 
         prompt_tokens=rows.longest_prompt,
         max_new_tokens=rows.max_new_tokens,
         sampling_batch_size=rows.sampling_batch_size,
+        trunk=_trunk_bytes(policy, rows) if processes == 1 else 0,
         on_host=policy.device.type != "cuda",
         # The first process gathers weights and moments to save them.
         merges=max(
@@ -290,6 +297,16 @@ def load_of(policy: Any, reference: Any, rows: Rows, trainer: TrainerConfig, *, 
             3 * sum(p.numel() * p.element_size() for p in trained) if sharded else 0,
         ),
     )
+
+
+def _trunk_bytes(policy: Any, rows: Rows) -> int:
+    """What frozen blocks give for the rows of a step, where it is kept."""
+    trunk = getattr(policy, "trunk", None)
+    if trunk is None or not trunk.usable or not rows.repeated:
+        return 0
+    tokens = rows.sampled * rows.max_new_tokens + rows.prompts * rows.longest_prompt
+    size = int(tokens * trunk.width * policy.dtype.itemsize)
+    return size if size <= MOST_KEPT_BYTES else 0
 
 
 def _bytes(parameters: Iterable[Tensor]) -> int:
@@ -320,9 +337,19 @@ def _gathered_bytes(policy: Any) -> int:
     return everything - sum(sizes) + 2 * max(sizes, default=0)
 
 
+def _layers(policy: Any) -> int:
+    """Layers of the transformer; of an encoder-decoder those of both halves."""
+    layers = int(policy.config.num_hidden_layers)
+    return layers + policy.cached_layers if getattr(policy, "encoder_decoder", False) else layers
+
+
 def _trained_layers(policy: Any) -> int:
     """Layers that gradients pass through: all from the lowest with a trained weight on."""
-    layers = int(policy.config.num_hidden_layers)
+    layers = _layers(policy)
+    if getattr(policy, "encoder_decoder", False):
+        if any(parameter.requires_grad for parameter in policy.halves.encoder.parameters()):
+            return layers
+        layers = policy.cached_layers
     if policy.language_model.get_input_embeddings().weight.requires_grad:
         return layers
     numbers = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,7 +12,12 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from tropism.training.processes import Processes, micro_batches, plan_micro_batches
-from tropism.types import Tokens, pad_rows
+from tropism.types import Filtering, Tokens, pad_rows
+
+logger = logging.getLogger("tropism")
+
+MOST_KEPT_BYTES = 2**30
+"""Most of what frozen blocks make of a step's rows that is kept; beyond, every pass computes them."""
 
 
 class ModelScorer:
@@ -32,11 +38,53 @@ class ModelScorer:
         self.active = active
         self.processes = processes
         self.max_tokens, self.max_rows = max_tokens, max_rows
+        self._said: set[str] = set()
 
-    def logprobs(self, tokens: Tokens, *, temperature: float) -> Tensor:
-        """[B, T] log-probs of the completion tokens, on the CPU."""
+    @torch.no_grad()
+    def keep_trunk(self, tokens: Tokens) -> None:
+        """Compute the frozen blocks of a policy with a trunk for these rows, for every pass until ``drop_trunk``.
+
+        Where that is not possible nothing is kept, and every pass computes them; the log says why, once.
+        """
+        with self.active() as policy, self.processes.accelerator.autocast():
+            trunk = policy.trunk
+            if trunk is None or self._computes_always(trunk, tokens):
+                return
+            plan = micro_batches(
+                tokens, max_tokens=self.max_tokens, max_rows=self.max_rows, without_padding=policy.without_padding
+            )
+            self.processes.together(lambda: trunk.keep(tokens, plan))
+            self._say(f"the {len(trunk.blocks)} frozen blocks are computed once per step, and what they give is kept")
+
+    def drop_trunk(self) -> None:
+        """Forget what ``keep_trunk`` computed."""
+        with self.active() as policy:
+            if policy.trunk is not None:
+                policy.trunk.drop()
+
+    def _computes_always(self, trunk: Any, tokens: Tokens) -> bool:
+        """Whether frozen blocks have to be computed in every pass."""
+        reason = trunk.reason
+        if self.processes.count > 1:
+            reason = "the run has several processes"
+        elif reason is None and not trunk.usable:
+            reason = "activations are recomputed, or weights sharded"
+        elif reason is None and (size := trunk.needed(tokens)) > MOST_KEPT_BYTES:
+            reason = f"what they give for a step takes {size / 1e9:.1f} GB, more than {MOST_KEPT_BYTES / 1e9:.1f} GB"
+        if reason is not None:
+            self._say(f"frozen blocks are computed in every pass: {reason}")
+        return reason is not None
+
+    def _say(self, message: str) -> None:
+        kind = message.split(":")[0]
+        if kind not in self._said:
+            self._said.add(kind)
+            logger.info("%s", message)
+
+    def logprobs(self, tokens: Tokens, *, temperature: float, filtering: Filtering | None = None) -> Tensor:
+        """[B, T] log-probs of the completion tokens, on the CPU; -inf of those that ``filtering`` leaves out."""
         shape = tokens.completion_ids.shape
-        return self._fill(tokens, {"logprobs": shape}, temperature)["logprobs"]
+        return self._fill(tokens, {"logprobs": shape}, temperature, filtering)["logprobs"]
 
     def values(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """[B, T] values before each completion token and [B] after the last, on the CPU."""
@@ -51,8 +99,15 @@ class ModelScorer:
         return self._fill(tokens, {"hidden": (*tokens.completion_ids.shape, width)}, 1.0)["hidden"]
 
     @torch.no_grad()
-    def _fill(self, tokens: Tokens, shapes: dict[str, tuple[int, ...]], temperature: float) -> dict[str, Tensor]:
+    def _fill(
+        self,
+        tokens: Tokens,
+        shapes: dict[str, tuple[int, ...]],
+        temperature: float,
+        filtering: Filtering | None = None,
+    ) -> dict[str, Tensor]:
         mine = torch.arange(self.processes.rank, len(tokens), self.processes.count)
+        settings: dict[str, Any] = {"temperature": temperature, "filtering": filtering}
         with self.active() as policy, self.processes.accelerator.autocast():
             plan = micro_batches(
                 tokens.select(mine),
@@ -72,7 +127,7 @@ class ModelScorer:
                 for rows, part in parts:
                     if sharded:
                         self.processes.agree_to_go_on()
-                    output = policy(**part.to(policy.device).inputs, temperature=temperature, want=frozenset(shapes))
+                    output = policy(**part.to(policy.device).inputs, want=frozenset(shapes), **settings)
                     for name, result in results.items():
                         _put(result, rows, getattr(output, name).float().cpu())
                 return results

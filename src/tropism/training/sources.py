@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Generic, TypeVar
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from tropism.training.correction import sampling_correction
 from tropism.training.finite import require_finite
 from tropism.training.rollout_maker import RolloutMaker
 from tropism.training.stopwatch import Stopwatch
-from tropism.types import Batch, Metrics, PolicyBatch, Prompt, RewardBatch, RewardInputs, Rollouts, Tokens
+from tropism.types import Batch, Filtering, Metrics, PolicyBatch, Prompt, RewardBatch, RewardInputs, Rollouts, Tokens
 
 T = TypeVar("T")
 
@@ -51,15 +51,27 @@ class Collected:
         }
 
 
+class TrunkScorer(Scorer, Protocol):
+    """A scorer of a policy whose frozen blocks may be computed once for all passes over the same rows."""
+
+    def keep_trunk(self, tokens: Tokens) -> None:
+        """Compute them for these rows."""
+        ...
+
+    def drop_trunk(self) -> None:
+        """Forget them."""
+        ...
+
+
 class TimedScorer:
     """A scorer whose seconds count as stage ``logprobs``."""
 
     def __init__(self, scorer: Scorer, watch: Stopwatch) -> None:
         self.scorer, self.watch = scorer, watch
 
-    def logprobs(self, tokens: Tokens, *, temperature: float) -> Tensor:
+    def logprobs(self, tokens: Tokens, *, temperature: float, filtering: Filtering | None = None) -> Tensor:
         with self.watch.measure("logprobs"):
-            return self.scorer.logprobs(tokens, temperature=temperature)
+            return self.scorer.logprobs(tokens, temperature=temperature, filtering=filtering)
 
     def values(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         with self.watch.measure("logprobs"):
@@ -83,7 +95,7 @@ class RolloutSource:
         prompts: Sequence[Prompt],
         prompts_per_step: int,
         maker: RolloutMaker,
-        scorer: Scorer,
+        scorer: TrunkScorer,
         reference: Scorer | None,
         total_steps: int,
         recompute_logprobs: bool,
@@ -99,6 +111,8 @@ class RolloutSource:
         self.collects = 0
         self.batch: PolicyBatch | None = None
         self.cursor = 0
+        self.kept = False
+        """Whether the frozen blocks have been seen to for the batch in use; no checkpoint holds what they give."""
         size, total = algorithm.config.minibatch_size, prompts_per_step * algorithm.config.group_size
         if size is not None and total % size:
             raise ConfigError(
@@ -106,6 +120,13 @@ class RolloutSource:
                 f"({prompts_per_step} prompts x {algorithm.config.group_size}): choose a divisor"
             )
         self.minibatch_size: int = size or total
+        self.filtering = Filtering.of(maker.sampling)
+        if self.filtering is not None and recompute_logprobs:
+            raise ConfigError(
+                "policy_distribution='filtered' needs sampling and training to find the same tokens inside the set, "
+                "and here log-probs are computed anew after sampling. Train in fp32 (model.dtype and "
+                "trainer.precision) without recompute_logprobs, or set policy_distribution to 'tempered'"
+            )
 
     @property
     def updates_per_collect(self) -> int:
@@ -124,12 +145,14 @@ class RolloutSource:
             try:
                 collected = self._collect_anew()
             except BaseException:  # interrupted or failed: as if this collect had not begun
+                self._drop_trunk()
                 self.stream.load_state_dict(stream)
                 self.maker.harness.load_state_dict(moments)
                 raise
             self.batch, self.cursor = collected.batch, 0
             self.on_collect(collected)
         assert self.batch is not None
+        self._keep_trunk(self.batch)
         per_epoch = len(self.batch) // self.minibatch_size
         while not self.done:
             epoch, place = divmod(self.cursor, per_epoch)
@@ -154,14 +177,29 @@ class RolloutSource:
         self.batch = None
         self.cursor = 0
         self.collects += 1
+        self._drop_trunk()
         return stats
+
+    def _keep_trunk(self, tokens: Tokens) -> None:
+        """Let frozen blocks be computed once for these rows, where more than one pass over them follows.
+
+        A resumed run computes them anew, from the same rows in the same passes, so that it goes on bit for bit.
+        """
+        passes = self.algorithm.config.num_epochs + self.recompute_logprobs + (self.reference is not None)
+        if not self.kept and passes > 1:
+            self.scorer.keep_trunk(tokens)
+        self.kept = True
+
+    def _drop_trunk(self) -> None:
+        self.scorer.drop_trunk()
+        self.kept = False
 
     def _collect_anew(self) -> Collected:
         watch = Stopwatch()
         group = self.algorithm.config.group_size
         with watch.measure("rollout"):
             prompts = [prompt for _, prompt in self.stream.take(self.prompts_per_step)]
-            rollouts = self.maker.sample(prompts, group, collect=self.collects)
+            rollouts = _as_trained(self.maker.sample(prompts, group, collect=self.collects), self.filtering)
         state = {"step": self.collects, "total_steps": self.total_steps}
         per_row = [prompt for prompt in prompts for _ in range(group)]
         with watch.measure("reward"):
@@ -192,6 +230,8 @@ class RolloutSource:
         """The rollouts with their old log-probs, what the method makes of them, and the numbers about both."""
         scorer = TimedScorer(self.scorer, watch)
         reference = None if self.reference is None else TimedScorer(self.reference, watch)
+        with watch.measure("logprobs"):
+            self._keep_trunk(rollouts)
         sampled_logprobs = rollouts.logprobs
         if self.recompute_logprobs:
             logprobs = scorer.logprobs(rollouts, temperature=rollouts.temperature)
@@ -241,6 +281,8 @@ class RolloutSource:
             return values, {}
         tensors = self.batch.tensors()
         values["batch"] = {f.name: getattr(self.batch, f.name) for f in fields(self.batch) if f.name not in tensors}
+        if self.batch.filtering is not None:
+            values["batch"]["filtering"] = asdict(self.batch.filtering)
         return values, tensors
 
     def load_state_dict(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -248,7 +290,16 @@ class RolloutSource:
         self.collects, self.cursor = int(values["collects"]), int(values["cursor"])
         self.maker.harness.load_state_dict(values["rewards"])
         fields_of_batch: dict[str, Any] = {**tensors, **(values["batch"] or {})}
+        if fields_of_batch.get("filtering") is not None:
+            fields_of_batch["filtering"] = Filtering(**fields_of_batch["filtering"])
         self.batch = None if values["batch"] is None else PolicyBatch(**fields_of_batch)
+
+
+def _as_trained(rollouts: Rollouts, filtering: Filtering | None) -> Rollouts:
+    """Rollouts whose log-probs are those of the distribution that is trained."""
+    if filtering is None:
+        return rollouts
+    return replace(rollouts, logprobs=rollouts.behaviour_logprobs, filtering=filtering)
 
 
 def _sequence_kls(batch: PolicyBatch) -> Tensor:
