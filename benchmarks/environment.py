@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
 
     torch.set_num_threads(options.threads)
     keep_freed_memory()
-    figures = [measure(options, samples) for samples in (1, options.samples)]
+    figures = [measure(options, samples) for samples in options.samples]
     for found in figures:
         for where in ("last", "all"):
             ours, theirs = found[where]["step"], found[where]["reread"]
@@ -65,13 +65,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks environment", description=__doc__)
     parser.add_argument("--model", default="demo", help="any model, or one of the random ones of the benchmarks")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens of an episode")
-    parser.add_argument("--samples", type=int, default=8, help="samples side by side in the second figure")
+    parser.add_argument("--samples", type=int, nargs="+", default=[1, 2, 8], help="samples side by side, a figure each")
     parser.add_argument("--episodes", type=int, default=3, help="counted episodes by step(); one before is not counted")
     parser.add_argument("--observation", choices=("hidden", "ids"), default="hidden")
     parser.add_argument("--threads", type=int, default=physical_cores(), help="default: the cores")
     parser.add_argument("--out", type=Path, help="JSON file; default: benchmarks/results/environment-cpu-<date>.json")
     options = parser.parse_args(arguments)
-    if options.tokens < 2 or min(options.samples, options.episodes) < 1:
+    if options.tokens < 2 or min(*options.samples, options.episodes) < 1:
         parser.error("--tokens must be at least 2, --samples and --episodes at least 1")
     return options
 
