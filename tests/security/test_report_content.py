@@ -188,7 +188,9 @@ def test_any_number_in_a_column_of_numbers(run: Path, values: list[Any]) -> None
 
 @pytest.mark.parametrize("column", COLUMNS)
 @pytest.mark.parametrize(
-    "values", [["a", "b"], [[1.0], [2.0, 3.0]], [{"a": 1}] * 2, [b"\xff", b""], [datetime.now(tz=UTC)] * 2], ids=str
+    "values",
+    [["a", "b"], [[1.0], [2.0, 3.0]], [{"a": 1}] * 2, [b"\xff", b""], [datetime(2026, 1, 1, tzinfo=UTC)] * 2],
+    ids=str,
 )
 def test_a_column_of_numbers_that_holds_none_is_named(run: Path, column: str, values: list[Any]) -> None:
     write_table(run, 3, **{column: values})
