@@ -342,3 +342,18 @@ def test_values_of_the_critic_are_those_of_the_training_forward(family: str) -> 
     assert rollouts.values is not None and rollouts.values.abs().max() > 0.1
     torch.testing.assert_close(rollouts.values, own, rtol=1e-4, atol=1e-5)
     assert sample(policy_of(family), max_new_tokens=2).values is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_weights_in_half_precision_sample_without_autocast(family: str, dtype: torch.dtype) -> None:
+    """On any CPU; log-probs are near those that the same weights give in fp32."""
+    policy = Policy(tiny_model(family).to(dtype))
+    rollouts = sample(policy, n=2, max_new_tokens=5, eos=())
+    model = policy.language_model.float()
+    for prompt, ids, sampled in zip(
+        [row for row in PROMPTS for _ in range(2)], completions(rollouts), sampled_logprobs(rollouts), strict=True
+    ):
+        logits = own_logits(model, [*prompt, *ids])[len(prompt) - 1 : -1]
+        exact = [log_softmax(row.tolist())[token] for row, token in zip(logits, ids, strict=True)]
+        assert sampled == pytest.approx(exact, abs=0.1)

@@ -154,12 +154,13 @@ class SamplingModels:
         device = self.policy.device.type
         reduced = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if reduced else self.policy.dtype
-        emulated = device == "cpu" and not cpu_multiplies(dtype)
+        # Products are emulated in fp32 there; a model whose own weights are bf16 still attends in bf16.
+        cached = torch.float32 if reduced and device == "cpu" and not cpu_multiplies(dtype) else dtype
         decoder = self._decoder(dtype) if fused else None
         head = self.policy.language_model.get_output_embeddings()
         layers = [head] if decoder is not None else layers_with_weights(self.policy.model)
         packed = pack(layers, self.weights, dtype)
-        return PreparedSampling(SamplingModel(self.policy, decoder, torch.float32 if emulated else dtype), packed)
+        return PreparedSampling(SamplingModel(self.policy, decoder, cached), packed)
 
     def _decoder(self, dtype: torch.dtype) -> FusedDecoder | None:
         """The family's fused step, or None; one that disagrees with the model is never used again."""
