@@ -1,8 +1,8 @@
 """What a reward at every token is worth: the same reward paid token by token, or as one sum at the end.
 
-A tiny model writes 32 letters; each letter that follows its predecessor in the alphabet (a follows p) earns 1/32. Both
+A tiny model writes 48 letters; each letter that follows its predecessor in the alphabet (a follows p) earns 1/48. Both
 ways pay the same for every text, so both train towards the same; paid token by token, each letter is credited with what
-it and later letters earn, and not with what was paid before it. Prints how many updates each way took to a mean of 0.6.
+it and later letters earn, and not with what was paid before it. Prints how many updates each way took to a mean of 0.45.
 
     python examples/token_rewards.py            # PPO and GRPO, five seeds, some minutes on a laptop
 """
@@ -25,14 +25,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 import tropism
 
 LETTERS = "abcdefghijklmnop"
-LENGTH = 32
-GOAL = 0.6
+LENGTH = 48
+GOAL = 0.45
+"""Just below what two letters in turns earn, a habit that a reward paid as one sum does not always leave."""
 WINDOW = 5
 """Steps over which the training reward is averaged."""
 
 
 def token_rewards(prompts: list[str], completion_ids: list[list[int]]) -> list[list[float]]:
-    """One number per token: 1/32 for a letter that follows the one before it in the alphabet."""
+    """One number per token: 1/48 for a letter that follows the one before it in the alphabet."""
     rewards = []
     for prompt, ids in zip(prompts, completion_ids, strict=True):
         before = [LETTERS.index(prompt), *ids]
@@ -94,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Rewards at every token against their sum at the end")
     parser.add_argument("--methods", nargs="+", default=["ppo", "grpo"], choices=["ppo", "grpo"])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=250, help="most updates of a run")
+    parser.add_argument("--steps", type=int, default=200, help="most updates of a run")
     options = parser.parse_args()
     for method in options.methods:
         medians = {}

@@ -14,7 +14,7 @@ def test_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     pytest.importorskip("gymnasium")
     monkeypatch.setattr("tropism.training.memory.keep_freed_memory", lambda: False)  # of the process of all tests
     out = tmp_path / "environment.json"
-    options = ["--model", "0.05M", "--tokens", "5", "--samples", "2", "--episodes", "2", "--threads", "1"]
+    options = ["--model", "0.05M", "--tokens", "5", "--samples", "1", "2", "--episodes", "2", "--threads", "1"]
     environment.main([*options, "--out", str(out)])
     result = json.loads(out.read_text())
     assert [found["samples"] for found in result["figures"]] == [1, 2]

@@ -88,7 +88,7 @@ def test_the_stages_of_a_step_add_up_to_it(method: str, tmp_path: Path) -> None:
         assert closing is mine[-1]
         assert closing["time/updates"] == pytest.approx(sum(line.get("time/update", 0.0) for line in mine))
         # What no stage holds takes well below a millisecond per update; the bound leaves room for a busy machine.
-        assert stages <= closing["time/step"] <= stages + (0.25 * stages if on_policy else 0.1)
+        assert stages <= closing["time/step"] <= stages + (0.5 * stages if on_policy else 0.2)
         seconds = closing["time/step"]
         before = max((line["tokens"] for line in lines if line["step"] < step), default=0)
         assert closing["throughput/tokens_per_second"] * seconds == pytest.approx(closing["tokens"] - before)
