@@ -2,7 +2,8 @@
 
 A tiny model writes 48 letters; each letter that follows its predecessor in the alphabet (a follows p) earns 1/48. Both
 ways pay the same for every text, so both train towards the same; paid token by token, each letter is credited with what
-it and later letters earn, and not with what was paid before it. Prints how many updates each way took to a mean of 0.45.
+it and later letters earn, and not with what was paid before it. Prints how many updates each way took to a mean of
+0.45.
 
     python examples/token_rewards.py            # PPO and GRPO, five seeds, some minutes on a laptop
 """
