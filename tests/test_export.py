@@ -296,6 +296,16 @@ def test_chat_template_and_generation_config_are_kept(tmp_path: Path) -> None:
     assert again.apply_chat_template(chat, tokenize=False) == "<user>oh no"
 
 
+def test_folders_of_chat_templates_stay_readable(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ messages[0]['content'] }}"}
+    taught(Setting("dpo", True, "llama"), tmp_path / "run", model=(tiny_model("llama", seed=3), tokenizer))
+    export_model(tmp_path / "run", tmp_path / "out")
+    folders = [path for path in (tmp_path / "out").rglob("*") if path.is_dir()]
+    assert folders and all(path.stat().st_mode & 0o100 for path in folders)
+    assert set(AutoTokenizer.from_pretrained(tmp_path / "out").chat_template) == {"default", "tool_use"}
+
+
 def test_q_heads_are_kept_where_that_is_asked(written: dict[str, Written], tmp_path: Path) -> None:
     one = written[str(Setting("ilql", True, "gpt2"))]
     export = export_model(one.assembly.folder.path, tmp_path / "out", keep_heads=True)

@@ -38,9 +38,12 @@ def batch_of(run: Assembly) -> PolicyBatch:
     return batch
 
 
-@pytest.mark.parametrize("method", ["ppo", "grpo", "rloo"])
-def test_ratio_and_kl_are_about_what_filters_leave(method: str, tmp_path: Path) -> None:
-    run = assemble(Setting(method, False, "llama"), tmp_path / "run", sampling=FILTERED)
+@pytest.mark.parametrize(
+    ("method", "family"), [("ppo", "llama"), ("grpo", "llama"), ("rloo", "llama"), ("grpo", "t5"), ("ppo", "bart")]
+)
+def test_ratio_and_kl_are_about_what_filters_leave(method: str, family: str, tmp_path: Path) -> None:
+    """A repetition penalty counts what the half reads that writes: of T5 and BART not the prompt."""
+    run = assemble(Setting(method, False, family), tmp_path / "run", sampling=FILTERED)
     run.trainer.source.on_collect = lambda _: None  # type: ignore[attr-defined]
     next(run.trainer.source.collect(run.policy))
     batch = batch_of(run)

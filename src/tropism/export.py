@@ -115,8 +115,10 @@ def export_model(
             export = _policy(path, folder, trained, trained.model, texts, targets, slot_tokens, keep_heads)
         (path / MARK).write_text(json.dumps(_facts(export), indent=1, ensure_ascii=False), encoding="utf-8")
         write_card(path, export, trained)
-        for file in path.iterdir():  # weights are written for their owner alone, and servers run as somebody else
-            file.chmod((path / "config.json").stat().st_mode)
+        readable = (path / "config.json").stat().st_mode
+        for file in path.rglob("*"):  # weights are written for their owner alone, and servers run as somebody else
+            if file.is_file():
+                file.chmod(readable)
     return export
 
 

@@ -357,6 +357,28 @@ def test_changed_weights_are_seen_between_and_within_episodes(family: str) -> No
         np.testing.assert_allclose(observed[sample], read_again(env, model, sample)[0].numpy(), atol=1e-4)
 
 
+@pytest.mark.parametrize("how", ["fused", "data"])
+def test_a_new_episode_sees_changes_that_no_version_counter_tells_of(how: str) -> None:
+    model = tiny_model("gpt2", n_embd=512)  # large enough to be packed
+    env = TextGenerationEnv((model, tiny_tokenizer()), ["hello"], count_a, max_new_tokens=6)
+    before, _ = env.reset()
+    weights = [weight.requires_grad_() for weight in model.parameters()]
+    generator = torch.Generator().manual_seed(1)
+    for weight in weights:
+        weight.grad = torch.randn(weight.shape, generator=generator)
+    if how == "fused":
+        torch.optim.AdamW(weights, lr=0.02, fused=True).step()
+    else:
+        for weight in weights:
+            weight.data.add_(weight.grad, alpha=0.02)
+    after, _ = env.reset()
+    assert np.abs(after - before).max() > 1e-2
+    with torch.no_grad():
+        assert_observes(env, model, after)
+        observed, *_ = env.step(A)
+        assert_observes(env, model, observed)
+
+
 def test_adapters_switched_off_are_seen_too() -> None:
     base = tiny_model("llama")
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))

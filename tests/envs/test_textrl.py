@@ -362,3 +362,15 @@ def test_pitfall_19_logging_stays_as_it_was() -> None:
     before = logging.root.manager.disable
     make_actor(make_env()).agent_ppo()
     assert logging.root.manager.disable == before < logging.CRITICAL
+
+
+@pytest.mark.parametrize("items", [[0, 1, 2], [np.array(0), np.array(1), np.array(2)]], ids=["numbers", "arrays"])
+def test_items_may_be_numbers(items: list[Any]) -> None:
+    class Numbered(TextRLEnv):
+        def gat_obs_input(self, input_item: Any) -> str:
+            return ("abc", "xyz", "hello")[int(input_item)]
+
+    env = Numbered(tiny_model("gpt2"), tiny_tokenizer(), items, max_length=4)
+    for index in (1, 0, 2):
+        env.reset(items[index])
+        assert env.tokenizer.decode(env.prompt_ids) == ("abc", "xyz", "hello")[index]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from tiny_models import tiny_model, tiny_tokenizer
 from tiny_textrl import LettersEnv, make_actor, make_env, play_episode
 from tropism.commands.textrl_dump import main
-from tropism.errors import ModelError
+from tropism.errors import ConfigError, ModelError
 
 SETTINGS: dict[str, Any] = {"update_interval": 1, "epochs": 2, "lr": 0.01}
 
@@ -82,6 +82,36 @@ def test_saving_again_replaces_and_loading_takes_a_step_back(tmp_path: Path) -> 
     play_episode(agent, env, "oh")
     agent.save(tmp_path / "best")
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_nothing_but_an_older_agent_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out" / "best").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds other files, and no saved agent; name a new folder"):
+        trained()[0].save(tmp_path / "out")
+    assert (tmp_path / "out" / "best").is_dir()
+    (tmp_path / "empty").mkdir()
+    trained()[0].save(tmp_path / "empty")
+
+
+def test_nothing_but_an_older_dump_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = base_folder("gpt2", tmp_path / "base")
+    trained()[0].save(tmp_path / "out" / "best")
+    for taken in ("out", "out/best", "base"):
+        words = ["--model", model, "--rl", str(tmp_path / "out" / "best"), "--dump", str(tmp_path / taken)]
+        assert main(words) == 2
+        assert "is there already and is no earlier dump; name a new folder" in capsys.readouterr().err
+    for _ in range(2):
+        assert main(["--model", model, "--rl", str(tmp_path / "out" / "best"), "--dump", str(tmp_path / "new")]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "new") is not None
+
+
+def test_a_dump_has_the_tokenizer_that_was_trained_with(tmp_path: Path) -> None:
+    model = base_folder("gpt2", tmp_path / "base")
+    agent, _ = trained()
+    agent.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    agent.save(tmp_path / "rl")
+    assert main(["--model", model, "--rl", str(tmp_path / "rl"), "--dump", str(tmp_path / "out")]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "{{ messages[0]['content'] }}"
 
 
 def test_another_optimizer_begins_anew_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

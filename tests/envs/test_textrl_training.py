@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -279,3 +280,20 @@ def test_the_manual_loop_of_the_readme() -> None:
             assert len(agent.get_statistics()) == 6
     assert [row.tolist() for row in returns] == [[1.0, 1.0]] * n_episodes
     assert agent.learner.trainer.counts.updates > 0
+
+
+def test_training_that_goes_on_keeps_the_best_agent_of_before(tmp_path: Path) -> None:
+    class Paying(TextRLEnv):
+        worth = 5.0
+
+        def get_reward(self, input_item: Any, predicted_list: list[list[str]], finish: bool) -> Any:
+            return self.worth * finish
+
+    trained(tmp_path, Paying, steps=12)
+    kept = json.loads((tmp_path / "best" / "textrl.json").read_text())["steps"]
+    Paying.worth = 1.0
+    trained(tmp_path, Paying, steps=24, step_offset=12)
+    assert json.loads((tmp_path / "best" / "textrl.json").read_text())["steps"] == kept
+    Paying.worth = 9.0
+    trained(tmp_path, Paying, steps=36, step_offset=24)
+    assert json.loads((tmp_path / "best" / "textrl.json").read_text())["steps"] > 24

@@ -107,6 +107,16 @@ def test_an_invalid_generation_config_does_not_prevent_saving(fields: dict[str, 
     assert saved["eos_token_id"] == 2
 
 
+def test_an_invalid_generation_config_keeps_every_token_that_it_names(tmp_path: Path) -> None:
+    model = tiny_model("bart")
+    wanted = {"decoder_start_token_id": 3, "forced_bos_token_id": 5, "forced_eos_token_id": 2, "suppress_tokens": [7]}
+    for name, value in {**wanted, "num_beams": 0}.items():
+        setattr(model.generation_config, name, value)
+    save_plain(model, tiny_tokenizer(), tmp_path / "model")
+    saved = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert {name: saved.get(name) for name in wanted} == wanted
+
+
 def test_the_saved_configuration_names_no_code_path_or_quantisation(tmp_path: Path) -> None:
     model = FAMILIES["llama"]()
     model.config.name_or_path = str(tmp_path / "secret")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from typing import Literal
 
 import pytest
 import torch
@@ -253,6 +254,21 @@ def test_credit_of_whole_completions_is_that_of_groups_at_every_token(scale: str
     found = group_advantages_per_token(to_go, 3, scale=scale, scored=scored)  # type: ignore[arg-type]
     expected = group_advantages(rewards, 3, scale=scale, scored=scored)  # type: ignore[arg-type]
     assert torch.equal(found, expected[:, None].expand(-1, 4))
+
+
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_credit_per_token_does_not_depend_on_the_padding(scale: Literal["group", "batch"]) -> None:
+    """Beyond the longest completion only the rewards of whole completions are left, which may differ more."""
+    rewards, paid = tensor([0.0, 10.0]), tensor([[3.0, 3.0], [-3.0, -3.0]])
+    tight = group_advantages_per_token(rewards_to_go(rewards, paid), 2, scale=scale)
+    padded = torch.cat([paid, torch.zeros(2, 3)], dim=1)
+    mask = tensor([[True, True, False, False, False]] * 2)
+    loose = group_advantages_per_token(rewards_to_go(rewards, padded), 2, scale=scale, mask=mask)
+    torch.testing.assert_close(loose[:, :2], tight)
+    # What is still earned: (6, 3) and (4, 7), so the deviations are sqrt(2) and sqrt(8).
+    torch.testing.assert_close(tight[0], tensor([1.0, -2.0]) / (math.sqrt(8) + GROUP_STD_EPSILON))
+    with pytest.raises(ValueError, match="mask must be bool"):
+        group_advantages_per_token(torch.zeros(2, 3), 2, mask=torch.ones(2, 2, dtype=torch.bool))
 
 
 def test_the_same_sum_paid_at_other_tokens_does_not_explode() -> None:

@@ -117,7 +117,11 @@ class GRPOAlgorithm(OnPolicyAlgorithm[GRPO]):
         to_go = rewards_to_go(changed, token_rewards)
         if config.credit == "completion" or config.ratio == "sequence":
             to_go = to_go[:, :1]
-        advantages = group_advantages_per_token(to_go, config.group_size, scale=config.scale, scored=rewards.scored)
+        real = mask[:, : to_go.shape[1]].clone()
+        real[:, :1] = True  # a completion without a token has its reward, too
+        advantages = group_advantages_per_token(
+            to_go, config.group_size, scale=config.scale, scored=rewards.scored, mask=real
+        )
         loss_mask = mask & rewards.scored[:, None]
         if config.mask_truncated:
             loss_mask = loss_mask & ~rollouts.truncated[:, None]

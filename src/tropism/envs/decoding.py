@@ -45,6 +45,7 @@ class Decoding:
         self._growing: list[int] = []  # rows by their place in the cache
         self._room = (0, 0)  # tokens of the longest prompt and completion that the cache is for
         self._prepared: PreparedSampling | None = None
+        self._numbers = torch.zeros(0)
         self._cache: RowCache | None = None
 
     @property
@@ -59,6 +60,8 @@ class Decoding:
             prompts: row -> ids. new_tokens: most tokens that may follow.
         """
         self.end(prompts)
+        if self._prepared is not None and not torch.equal(self._prepared.some_numbers(), self._numbers):
+            self._prepared = None
         for row, ids in prompts.items():
             self.prompts[row], self.completions[row] = tuple(ids), []
         self._make_ready(max(len(ids) for ids in prompts.values()), new_tokens)
@@ -116,6 +119,7 @@ class Decoding:
             return
         going, self._growing, self._room = self._growing, [], room
         self._prepared = self.policy.sampling_models.prepare(fused=self._tap is None)
+        self._numbers = self._prepared.some_numbers()
         # Captured steps belong to one cache, so both are made anew together.
         self._cache = room_for(
             self.policy, self._prepared.model, rows=len(self.prompts), longest=room[0], new=room[1] + SLACK

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 from tropism.data.encoding import room_for_prompt
@@ -15,6 +16,13 @@ from tropism.types import Messages, Prompt
 
 PROMPT_KEYS = ("prompt", "input")
 """Where a record has its prompt."""
+
+
+@dataclass(frozen=True)
+class OwnItem:
+    """An item of the caller's own, which may be a number and still is no index."""
+
+    item: Any
 
 
 class Items:
@@ -46,17 +54,19 @@ class Items:
         return len(self.given)
 
     def find(self, item: Any) -> tuple[Any, Prompt]:
-        """An item and its prompt, by index (counted from the end where it is negative) or as an item of its own.
+        """An item and its prompt, by index (from the end where it is negative) or as an item of the caller's own.
 
         Raises:
             DataError: no such index, or an item without a usable prompt.
         """
-        if isinstance(item, bool) or not hasattr(item, "__index__"):
-            return item, self._encoded([self._text(item, "the item")], [self._columns(item)])[0]
-        index = item.__index__()
-        if not -len(self.given) <= index < len(self.given):
-            raise DataError(f"there is no item {index}; the environment has {len(self.given)}, counted from 0")
-        return self.given[index], self.prompts[index]
+        if isinstance(item, OwnItem):
+            item = item.item
+        elif isinstance(item, Integral) and not isinstance(item, bool):
+            index = int(item)
+            if not -len(self.given) <= index < len(self.given):
+                raise DataError(f"there is no item {index}; the environment has {len(self.given)}, counted from 0")
+            return self.given[index], self.prompts[index]
+        return item, self._encoded([self._text(item, "the item")], [self._columns(item)])[0]
 
     def _text(self, item: Any, where: str) -> str | Messages:
         if self.prompt_of is not None:

@@ -100,6 +100,7 @@ class TextGenerationEnv(Env[Any, Any]):
         Args:
             input_item: the item, as it was given.
             predicted_list: tokens so far of each sample, as strings of the vocabulary.
+                One that is shorter than the longest had ended: its last token has been paid already.
             finish: whether this was the last token of the episode.
 
         Returns:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tropism.envs.items import OwnItem
 from tropism.envs.text_generation import TextGenerationEnv
 from tropism.envs.textrl_acting import Acting
 from tropism.envs.textrl_agent import TextRLAgent
@@ -107,6 +108,7 @@ class TextRLEnv:
         Args:
             input_item: the item; a plain prompt as ``{"input": prompt}``.
             predicted_list: per sample the tokens so far, as strings of the vocabulary.
+                One that is shorter than the longest had ended: its last token has been paid already.
             finish: whether this was the last token of all samples.
 
         Returns:
@@ -159,7 +161,7 @@ class TextRLEnv:
         self._item = _as_item(input_item)
         if self._inner is None:
             self._inner = _Completions(self)
-        state, _ = self._inner.reset(options={"item": self._item})
+        state, _ = self._inner.reset(options={"item": OwnItem(self._item)})
         self.episode += 1
         return self._observed(state)
 

@@ -204,6 +204,7 @@ class TextRLAgent:
         """Write a plain Hugging Face folder, and beside it the critic and the optimizer's state.
 
         Raises:
+            ConfigError: the folder holds anything but an older agent.
             StorageError: it cannot be written.
         """
         save_agent(self.learner, self.tokenizer, Path(folder), layers=self.layers, steps=self.t)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tropism.envs.textrl_learning import Learner
-from tropism.errors import ModelError
+from tropism.errors import ConfigError, ModelError
 from tropism.foreign.json_files import read_object
 from tropism.foreign.paths import file_inside
 from tropism.models.freezing import train_last_layers
@@ -22,11 +22,14 @@ from tropism.models.policy import Policy
 from tropism.models.saving import save_plain, verify_plain
 from tropism.models.seq2seq import is_encoder_decoder
 from tropism.recipe_identity import weights_fingerprint
+from tropism.tokenizer_of import tokenizer_of
 from tropism.training.state import load_optimizer_state, load_trainable_state, optimizer_state, trainable_state
 
 logger = logging.getLogger("tropism")
 
 FACTS = "textrl.json"
+DUMPED = "textrl-dump.json"
+"""Marks a folder that ``dump`` wrote, and may replace."""
 CRITIC = "value_head.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 FORMAT = 1
@@ -45,6 +48,7 @@ def save_agent(learner: Learner, tokenizer: PreTrainedTokenizerBase, folder: Pat
         steps: of the environment so far.
 
     Raises:
+        ConfigError: the folder holds anything but an older agent.
         StorageError: it cannot be written.
     """
     policy: Any = learner.policy
@@ -63,6 +67,8 @@ def save_agent(learner: Learner, tokenizer: PreTrainedTokenizerBase, folder: Pat
         _write_tensors(head, path / CRITIC)
         _write_tensors(optimizer_state(policy, learner.optimizer), path / OPTIMIZER)
 
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / FACTS).is_file():
+        raise ConfigError(f"{folder} holds other files, and no saved agent; name a new folder: {folder / 'agent'}")
     save_plain(policy.model, tokenizer, folder, beside=write)
 
 
@@ -95,16 +101,18 @@ def dump(base: str, agent: Path, out: Path, *, device: str = "auto") -> float:
     Args:
         base: the model before training: a folder, hub id, .gguf file or "demo".
         agent: what ``TextRLAgent.save`` wrote.
-        out: the folder to write; an older one of that name is replaced.
+        out: the folder to write; an older dump of that name is replaced.
 
     Returns:
         The largest difference of logits between what was trained and what ``out`` loads as.
 
     Raises:
         ModelError: the folder is none of an agent, is of another model, or what was written differs.
+        ConfigError: ``out`` holds anything but an older dump.
         StorageError: it cannot be written.
     """
     facts = read_facts(agent)
+    _check_dump(out)
     saved = read_object(agent / "config.json")
     dtype = saved.get("dtype", saved.get("torch_dtype"))
     precision: Any = dtype if dtype in ("float32", "bfloat16", "float16") else "auto"
@@ -115,8 +123,18 @@ def dump(base: str, agent: Path, out: Path, *, device: str = "auto") -> float:
     _check(facts, policy, agent, layers=layers)
     load_trainable_state(policy, _saved_weights(policy, agent))
     differences: list[float] = []
-    save_plain(loaded.model, loaded.tokenizer, out, beside=lambda path: differences.append(_compare(loaded, path)))
+
+    def compare(path: Path) -> None:
+        differences.append(_compare(loaded, path))
+        (path / DUMPED).write_text(json.dumps({"format": FORMAT}), encoding="utf-8")
+
+    save_plain(loaded.model, tokenizer_of(agent), out, beside=compare)
     return differences[0]
+
+
+def _check_dump(out: Path) -> None:
+    if out.is_dir() and any(out.iterdir()) and not (out / DUMPED).is_file():
+        raise ConfigError(f"{out} is there already and is no earlier dump; name a new folder")
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

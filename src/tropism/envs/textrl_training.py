@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -94,10 +95,21 @@ class Evaluator:
         self.outdir = schedule.outdir
         self.previous = schedule.step_offset - schedule.step_offset % schedule.eval_interval
         """The step of the last evaluation, rounded down to a multiple of the interval."""
-        self.max_score = -float("inf")
-        """The best mean return so far."""
+        self.max_score = self._best_before()
+        """The best mean return so far; of training that goes on, that of ``best/``."""
         self.tensorboard: Any = None
         self.started = time.monotonic()
+
+    def _best_before(self) -> float:
+        """The largest mean in ``scores.txt``, where training goes on and its best agent is there."""
+        path = self.outdir / SCORES
+        if self.schedule.step_offset == 0 or not path.exists() or not (self.outdir / "best").is_dir():
+            return -math.inf
+        rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+        column = rows[0].index("mean") if rows and "mean" in rows[0] else None
+        if column is None:
+            raise ConfigError(f"{path} has no column 'mean'; take it away, or choose another outdir")
+        return max((float(row[column]) for row in rows[1:] if len(row) > column), default=-math.inf)
 
     def write_header(self) -> None:
         """Begin ``scores.txt``; training that goes on at a step adds to one that is there."""

@@ -18,7 +18,7 @@ class Before:
     """What stands before each of N chosen completion tokens of a batch."""
 
     prompt_ids: Tensor
-    """[B, P] padded on the left."""
+    """[B, P] padded on the left; of an encoder-decoder what its decoder reads before the completion."""
     prompt_lengths: Tensor
     """[B]."""
     completion_ids: Tensor

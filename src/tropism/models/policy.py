@@ -106,6 +106,16 @@ class Policy(nn.Module):
         """Whether an encoder reads the prompt and a decoder the completion."""
         return self.halves is not None
 
+    def _penalised_prompt(self, prompt_ids: Tensor, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """What a repetition penalty counts beside the completion, [B, P] and [B].
+
+        The prompt, or of an encoder-decoder what its decoder reads before the completion.
+        """
+        prefix = self.decoder_prefix
+        if prefix is None:
+            return prompt_ids, prompt_lengths
+        return prompt_ids.new_tensor(prefix).expand(len(prompt_ids), -1), torch.full_like(prompt_lengths, len(prefix))
+
     @property
     def decoder_prefix(self) -> tuple[int, ...] | None:
         """Ids that stand before every completion in an encoder-decoder's decoder; None of a causal model."""
@@ -222,7 +232,7 @@ class Policy(nn.Module):
         taken = completion_ids[rows, tokens]
         found = {} if WANTED.isdisjoint(want) else self._action_values(at_tokens, taken, want)
         if filtering is not None and not {"logprobs", "entropy"}.isdisjoint(want):
-            before = Before(prompt_ids, prompt_lengths, completion_ids, rows, tokens)
+            before = Before(*self._penalised_prompt(prompt_ids, prompt_lengths), completion_ids, rows, tokens)
             settings: dict[str, Any] = {"temperature": temperature, "chunk_size": self.chunk_size}
             settings["entropy_gradient"] = entropy_gradient
             found |= filtered_logprobs(self.logits, at_tokens, taken, before, filtering, **settings)

@@ -21,6 +21,9 @@ from tropism.models.sharding import is_sharded
 
 logger = logging.getLogger("tropism")
 
+SOME = 16
+"""About so many numbers of a weight are compared where its version counter may not tell of a change."""
+
 FUSED: dict[str, Builder] = {
     **dict.fromkeys(fused_llama.FAMILIES, fused_llama.LlamaDecoder),
     **dict.fromkeys(fused_gpt2.FAMILIES, fused_gpt2.GPT2Decoder),
@@ -102,6 +105,16 @@ class PreparedSampling:
     def up_to_date(self) -> bool:
         """Whether weights and active adapters are still those of the moment when this was made."""
         return self._stamp_now() == self._stamp
+
+    def some_numbers(self) -> Tensor:
+        """A few numbers of every weight as they are now.
+
+        They differ where a change is not noticed by ``up_to_date``: fused optimizers of torch, and whoever writes to
+        ``weight.data``, leave version counters as they are.
+        """
+        weights = [weight for module in self._modules for weight in module._parameters.values() if weight is not None]
+        few = [weight.detach().flatten()[:: max(1, weight.numel() // SOME)].float().cpu() for weight in weights]
+        return torch.cat([torch.zeros(0), *few])
 
     def _stamp_now(self) -> tuple[Any, ...]:
         """What changes when weights are replaced or written to, or other adapters become active."""

@@ -168,6 +168,10 @@ def replacing(folder: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
 
 
+TOKEN_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
+"""Fields of a generation config beside ``*_token_id`` that name tokens."""
+
+
 def _valid_generation_config(config: GenerationConfig) -> GenerationConfig:
     """``config`` if transformers agrees to write it, else the nearest it agrees to.
 
@@ -175,7 +179,11 @@ def _valid_generation_config(config: GenerationConfig) -> GenerationConfig:
     """
     sampled = copy.deepcopy(config)
     sampled.do_sample = True
-    tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tokens = {
+        name: value
+        for name, value in config.to_dict().items()
+        if value is not None and (name.endswith("_token_id") or name in TOKEN_LISTS)
+    }
     for candidate in (config, sampled):
         try:
             candidate.validate(strict=True)

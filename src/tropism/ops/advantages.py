@@ -103,6 +103,7 @@ def group_advantages_per_token(
     *,
     scale: Literal["group", "batch", "none"] = "group",
     scored: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Advantage of each token over what its group still earns on average from the same place on.
 
@@ -116,6 +117,7 @@ def group_advantages_per_token(
         group_size: G >= 2 completions per prompt.
         scale: what the difference is divided by. Deviations by place would be 0 where only the ends differ, hence one.
         scored: [P * G] bool; false leaves a completion out of means and deviations. None means all are scored.
+        mask: [P * G, T] bool, real tokens; places where no member has one have no part in the deviation. None: all are.
 
     Returns:
         [P * G, T] fp32 advantages (fp64 for fp64 rewards); exactly 0 for unscored completions, for the only scored one
@@ -124,21 +126,24 @@ def group_advantages_per_token(
 
     Raises:
         ValueError: ``rewards_to_go`` is not two-dimensional, its length is no multiple of ``group_size``,
-            ``group_size`` < 2, ``scored`` has another shape or is not bool, or ``scale`` is unknown.
+            ``group_size`` < 2, ``scored`` or ``mask`` has another shape or is not bool, or ``scale`` is unknown.
     """
     require_rank(2, rewards_to_go=rewards_to_go)
+    if mask is not None and (mask.shape != rewards_to_go.shape or mask.dtype != torch.bool):
+        raise ValueError(f"mask must be bool: {describe_shapes(rewards_to_go=rewards_to_go, mask=mask)}")
     _, scored_groups = _groups(rewards_to_go.sum(-1), group_size, scored)
     places = upcast(rewards_to_go).T  # [T, P * G]
     members = scored_groups.expand(len(places), -1, -1)
     deviations = masked_deviations(places.unflatten(-1, scored_groups.shape), members)
+    real = members if mask is None else mask.T.unflatten(-1, scored_groups.shape) & members
     match scale:
         case "group":
-            deviations = deviations / (_largest(_std(deviations, members)) + GROUP_STD_EPSILON)
+            by_place = _std(deviations, members) * real.any(-1, keepdim=True)
+            deviations = deviations / (_largest(by_place) + GROUP_STD_EPSILON)
         case "batch":
             everyone = members.flatten(1)
-            deviations = deviations / (
-                _largest(_std(masked_deviations(places, everyone), everyone)) + GROUP_STD_EPSILON
-            )
+            by_place = _std(masked_deviations(places, everyone), everyone) * real.flatten(1).any(-1, keepdim=True)
+            deviations = deviations / (_largest(by_place) + GROUP_STD_EPSILON)
         case "none":
             pass
         case _:
