@@ -112,7 +112,7 @@ EXCEPTIONS: dict[str, set[str]] = {
         "training.scoring",
         "training.trainer",
     },
-    "envs.textrl_files": {"foreign.json_files", "foreign.paths", "recipe_identity", "training.state"},
+    "envs.textrl_files": {"foreign.json_files", "foreign.paths", "recipe_identity", "training.state", "tokenizer_of"},
     "envs.textrl_training": {"storage"},
     # The version goes into environment.json.
     "training.run_folder": {""},
