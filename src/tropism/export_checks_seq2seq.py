@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from tropism.models.baked import compared_logits
 from tropism.models.policy import Policy
 
 
@@ -38,10 +39,7 @@ def logits_difference(
     read = torch.tensor([[*prefix, *completion[:-1]]], device=plain.device)
     whole = plain(input_ids=row, attention_mask=torch.ones_like(row), decoder_input_ids=read, use_cache=False).logits
     found = whole[0, len(prefix) - 1 :].float()
-    if found.shape[0] != expected.shape[0] or found.shape[1] < expected.shape[1]:
-        return float("inf"), float(expected.abs().max())
-    difference = (found[:, : expected.shape[1]].to(expected.device) - expected).abs().max()
-    return float(difference.nan_to_num(nan=float("inf"))), float(expected.abs().max())
+    return compared_logits(expected, found)
 
 
 @torch.no_grad()

@@ -297,3 +297,14 @@ def test_training_that_goes_on_keeps_the_best_agent_of_before(tmp_path: Path) ->
     Paying.worth = 9.0
     trained(tmp_path, Paying, steps=36, step_offset=24)
     assert json.loads((tmp_path / "best" / "textrl.json").read_text())["steps"] > 24
+
+
+def test_training_that_goes_on_tells_of_a_damaged_score(tmp_path: Path) -> None:
+    trained(tmp_path, steps=12)
+    scores = tmp_path / "scores.txt"
+    header, *rows = scores.read_text().splitlines()
+    damaged = rows[0].split("\t")
+    damaged[header.split("\t").index("mean")] = "0.4x"
+    scores.write_text("\n".join([header, "\t".join(damaged)]) + "\n")
+    with pytest.raises(ConfigError, match=r"scores\.txt holds a mean that is no number .*0\.4x.*another outdir"):
+        trained(tmp_path, steps=24, step_offset=12)

@@ -109,7 +109,12 @@ class Evaluator:
         column = rows[0].index("mean") if rows and "mean" in rows[0] else None
         if column is None:
             raise ConfigError(f"{path} has no column 'mean'; take it away, or choose another outdir")
-        return max((float(row[column]) for row in rows[1:] if len(row) > column), default=-math.inf)
+        try:
+            return max((float(row[column]) for row in rows[1:] if len(row) > column), default=-math.inf)
+        except ValueError as error:
+            raise ConfigError(
+                f"{path} holds a mean that is no number ({error}); mend it, or choose another outdir"
+            ) from error
 
     def write_header(self) -> None:
         """Begin ``scores.txt``; training that goes on at a step adds to one that is there."""

@@ -174,10 +174,20 @@ def logits_difference(policy: Policy, plain: Any, asked: Sequence[int], baked: S
     expected = policy_logits(policy, asked)
     row = torch.tensor([[*baked]], device=plain.device)
     found = plain(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0].float()
+    return compared_logits(expected, found)
+
+
+def compared_logits(expected: Tensor, found: Tensor) -> tuple[float, float]:
+    """Largest difference of two tables of logits, [L, V] and [L, V or more], and the largest logit expected.
+
+    The difference is infinite where the tables do not fit or a logit is NaN. Rows of the vocabulary that only
+    ``found`` has are left out.
+    """
+    largest = float(expected.abs().max())
     if found.shape[0] != expected.shape[0] or found.shape[1] < expected.shape[1]:
-        return float("inf"), float(expected.abs().max())
+        return float("inf"), largest
     difference = (found[:, : expected.shape[1]].to(expected.device) - expected).abs().max()
-    return float(difference.nan_to_num(nan=float("inf"))), float(expected.abs().max())
+    return float(difference.nan_to_num(nan=float("inf"))), largest
 
 
 @torch.no_grad()
