@@ -7,58 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
-    BertForSequenceClassification,
     BertModel,
     GPT2Config,
     GPT2ForSequenceClassification,
-    PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
+    XLNetConfig,
+    XLNetForSequenceClassification,
 )
 
+from tiny_classifiers import WORDS, bert_logits, ids_of, save_bert, save_tokenizer
 from tropism.errors import ConfigError, ModelError, RewardError
 from tropism.rewards import RewardConfig, RewardHarness
 from tropism.rewards.registry import make_reward
 from tropism.types import RewardInputs
 
-WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "the", "film", "was", "good", "bad", "very", "a", ".", "i", "saw", "it"]
 PROMPTS = ["the film was", "i saw it .", "the", ""]
 COMPLETIONS = ["very very good .", "a film", "", "bad"]
-
-
-def save_tokenizer(folder: Path, *, special: bool = True, template: str | None = None, **settings: Any) -> None:
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.decoder = decoders.WordPiece()
-    if special:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-        )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", **settings)
-    fast.chat_template = template
-    fast.save_pretrained(folder)
-
-
-def save_bert(folder: Path, *, labels: dict[int, str], problem_type: Any = None, positions: int = 12) -> Path:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=positions,
-        initializer_range=0.5,
-        id2label=labels,
-        label2id={name: i for i, name in labels.items()},
-        problem_type=problem_type,
-    )
-    BertForSequenceClassification(config).save_pretrained(folder)
-    save_tokenizer(folder, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +38,6 @@ def reward_of(
 ) -> list[float]:
     reward = make_reward("classifier", {"model": str(folder), "device": "cpu", **args})
     return list(reward(prompts=prompts, completions=completions))
-
-
-def ids_of(text: str) -> list[int]:
-    return [1, *(WORDS.index(word) for word in text.split()), 2]
-
-
-@torch.no_grad()
-def bert_logits(folder: Path, ids: list[int]) -> torch.Tensor:
-    model = BertForSequenceClassification.from_pretrained(folder).eval()
-    logits: torch.Tensor = model(input_ids=torch.tensor([ids])).logits
-    return logits[0]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
@@ -210,6 +166,23 @@ def test_roberta_positions_leave_room_for_padding(tmp_path: Path) -> None:
     assert len(reward_of(tmp_path, ["x"], ["very " * 8])) == 1  # 8 words and 2 special tokens: positions 2 to 11
     with pytest.raises(RewardError, match=r"takes 8"):
         reward_of(tmp_path, ["x"], ["very " * 9])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_model_that_judges_by_the_last_place_is_given_no_pads(tmp_path: Path, batch_size: int) -> None:
+    """XLNet would judge by a pad; a batch holds texts of one length then."""
+    torch.manual_seed(0)
+    config = XLNetConfig(
+        vocab_size=len(WORDS), d_model=16, n_layer=2, n_head=2, d_inner=32, initializer_range=0.5, id2label={0: "score"}
+    )
+    model = XLNetForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, pad_token="[PAD]")
+    expected = []
+    for text in COMPLETIONS:
+        with torch.no_grad():
+            expected.append(float(model(input_ids=torch.tensor([ids_of(text)])).logits))
+    assert reward_of(tmp_path, batch_size=batch_size) == pytest.approx(expected, abs=1e-5)
 
 
 def test_in_the_harness(sentiment: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from tiny_classifiers import save_bert
 from tiny_reward_models import FACTS, NORMAL, tiny_reward_model
 from tropism.models.reward_files import save_reward_model
 from tropism.rewards import RewardConfig, RewardHarness, RewardTerm, registry, reward_names
@@ -52,6 +53,11 @@ def test_python_examples_run(own_names: None, trained: None) -> None:
 def test_recipe_examples_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trained: None) -> None:
     blocks = [yaml.safe_load(block)["reward"] for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
     pytest.importorskip("vaderSentiment")
+    pytest.importorskip("profanity_check")
+    judge = save_bert(tmp_path / "hate", labels={0: "nothate", 1: "hate"})
+    for block in blocks:
+        if isinstance(block, dict) and "clean" in block.get("terms", {}):  # not downloaded
+            block["terms"]["clean"]["args"] |= {"model": str(judge), "device": "cpu"}
     monkeypatch.setenv("JUDGE_TOKEN", "Bearer x")
     (tmp_path / "judge.py").write_text("def score(completions):\n    return [1.0] * len(completions)\n")
     terms = []
@@ -59,7 +65,15 @@ def test_recipe_examples_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
         harness = RewardHarness(RewardConfig.of(block), allow_code=True)
         terms.append(list(harness.terms))
         harness.close()
-    assert terms == [["warmth", "brevity", "watched"], ["judge", "short"], ["remote"], ["my-rm"], ["liked", "short"]]
+    assert terms == [
+        ["warmth", "brevity", "watched"],
+        ["judge", "short"],
+        ["remote"],
+        ["clean"],
+        ["decent"],
+        ["my-rm"],
+        ["liked", "short"],
+    ]
 
 
 def test_the_server_of_the_page_answers(own_names: None) -> None:

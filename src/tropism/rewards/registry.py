@@ -24,6 +24,7 @@ FACTORIES: dict[str, str] = {
     "number_answer": "tropism.rewards.numeric:number_answer",
     "overlap": "tropism.rewards.overlap:overlap",
     "classifier": "tropism.rewards.classifier:classifier",
+    "profanity": "tropism.rewards.profanity:profanity",
     "remote": "tropism.rewards.remote:remote",
     "reward-model": "tropism.rewards.reward_model:reward_model",
     "randomwalks": "tropism.envs.randomwalks:randomwalks",

@@ -66,8 +66,9 @@ class RewardModelReward:
     def __init__(self, classifier: ClassifierReward, offset: float) -> None:
         self.classifier, self.offset = classifier, offset
 
-    def __call__(self, prompts: list[Any], completions: list[Any]) -> list[float]:
-        return [logit + self.offset for logit in self.classifier(prompts, completions)]
+    def __call__(self, prompts: list[Any], completions: list[Any]) -> list[float | None]:
+        logits = self.classifier(prompts, completions)
+        return [None if logit is None else logit + self.offset for logit in logits]
 
 
 def names_folder(use: str) -> bool:
