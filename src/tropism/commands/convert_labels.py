@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from tropism.commands.console import console, printable
-from tropism.errors import ConfigError
+from tropism.commands.jsonl_file import require_free, write_records
 
 if TYPE_CHECKING:
     from tropism.data.label_files import ConvertedLabels
@@ -49,18 +48,14 @@ def run(arguments: Sequence[str]) -> None:
         description=Options.__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    _check_out(options.out, overwrite=options.overwrite)
+    require_free(options.out, overwrite=options.overwrite)
     from tropism.commands.quiet import quieten_libraries
     from tropism.data.label_files import convert_labels
-    from tropism.storage import write_whole, writing
     from tropism.tokenizer_of import tokenizer_of
 
     quieten_libraries()
     converted = convert_labels(options.source, tokenizer_of(options.tokenizer))
-    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in converted.rows)
-    with writing(options.out):
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(options.out, "".join(lines).encode())
+    write_records(options.out, converted.rows)
     show(converted, options.out)
 
 
@@ -75,13 +70,3 @@ def show(converted: ConvertedLabels, path: Path) -> None:
             soft_wrap=True,
         )
     out.print(printable(f"written: {path} ({len(converted.rows)} records: {COLUMNS[converted.kind]})"), soft_wrap=True)
-
-
-def _check_out(path: Path, *, overwrite: bool) -> None:
-    """Look before anything is read."""
-    if path.suffix != ".jsonl":
-        raise ConfigError(f"{path}: name a .jsonl file to write")
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; name a .jsonl file to write")
-    if path.exists() and not overwrite:
-        raise ConfigError(f"{path} is there already; name another file, or replace it with --overwrite")

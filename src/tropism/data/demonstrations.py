@@ -189,8 +189,12 @@ def _check_apart(layout: Layout, config: DataConfig | None, completion_only: boo
 
 def _as_cut(ids: list[int], start: int, record: Record, eos: Any) -> list[int]:
     """A completion that was cut while it was sampled did not end there, so no eos follows it."""
-    cut = record.columns.get(FINISH_REASON) == "length"
-    return ids[:-1] if cut and len(ids) > start + 1 and ids[-1] == eos else ids
+    return without_end(ids, start, eos) if record.columns.get(FINISH_REASON) == "length" else ids
+
+
+def without_end(ids: list[int], start: int, eos: Any) -> list[int]:
+    """Ids of a text whose completion begins at ``start`` and was cut, without the eos that was put behind it."""
+    return ids[:-1] if len(ids) > start + 1 and ids[-1] == eos else ids
 
 
 def _report(called: str, *, too_short: int, too_long: int, merged: int, endless: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tropism.data.config import DataConfig
-from tropism.data.demonstrations import encode_parts
+from tropism.data.demonstrations import FINISH_REASON, encode_parts, without_end
 from tropism.data.encoding import room_behind
 from tropism.data.files import listed
 from tropism.data.judged_values import refuse_wrong, weight_in
@@ -42,7 +42,9 @@ def make_pairs(
     """Pairs from records with ``chosen`` and ``rejected``, or with ``completions`` and the ``choice`` among them.
 
     Of K completions the chosen one makes a pair with each of the others. Ties are left out and counted. One eos ends
-    every plain text; the chat template ends chats. An empty prompt becomes the BOS alone.
+    every plain text, unless ``chosen_finish_reason`` or ``rejected_finish_reason`` (or its place in the list
+    ``finish_reasons`` of K completions) says ``length``; the chat template ends chats. An empty prompt becomes the BOS
+    alone.
 
     Args:
         source: ``DataConfig`` or anything else that ``read_records`` takes.
@@ -100,6 +102,22 @@ def _warn_of_unread(records: Sequence[Record]) -> None:
         logger.warning("a policy does not learn from these columns of pairs, which are not read: %s", listed(found))
 
 
+def _finish_reasons(record: Record, count: int) -> list[Any]:
+    """How each completion ended, None where the record does not say.
+
+    Raises:
+        DataError: it says so of another number of completions.
+    """
+    if "chosen" in record.columns:
+        return [record.columns.get(f"{side}_{FINISH_REASON}") for side in ("chosen", "rejected")]
+    listed_ends = record.columns.get(f"{FINISH_REASON}s")
+    if listed_ends is None:
+        return [None] * count
+    if not isinstance(listed_ends, list | tuple) or len(listed_ends) != count:
+        raise DataError(f"{record.where}: {FINISH_REASON}s must be a list with one for each of {count} completions")
+    return list(listed_ends)
+
+
 def _judged(record: Record, column: str | None, config: DataConfig | None) -> Judged:
     """Prompt and completions of a record that says which one was preferred."""
     form = format_of(record)
@@ -134,12 +152,15 @@ class _Encoder:
             DataError: names the record and what is wrong with it.
         """
         assert judged.choice is not None
-        weight, chosen = weight_in(record, None), judged.completions[judged.choice]
+        weight, ends = weight_in(record, None), _finish_reasons(record, len(judged.completions))
         made = []
-        for place, other in enumerate(judged.completions):
+        for place in range(len(judged.completions)):
             if place == judged.choice:
                 continue
-            sides = [self._encoded(record, judged.prompt, text) for text in (chosen, other)]
+            sides = [
+                self._encoded(record, judged.prompt, judged.completions[side], cut=ends[side] == "length")
+                for side in (judged.choice, place)
+            ]
             if sides[0][0] == sides[1][0]:
                 name = "the rejected one" if len(judged.completions) == 2 else f"completion {place}"
                 raise DataError(
@@ -150,8 +171,11 @@ class _Encoder:
             made += [] if pair is None else [pair]
         return made
 
-    def _encoded(self, record: Record, prompt: str | Messages, text: str | Messages) -> tuple[list[int], int, bool]:
-        return encode_parts(self.tokenizer, prompt, text, where=record.where, shortest_prompt=0)
+    def _encoded(
+        self, record: Record, prompt: str | Messages, text: str | Messages, *, cut: bool
+    ) -> tuple[list[int], int, bool]:
+        ids, start, clean = encode_parts(self.tokenizer, prompt, text, where=record.where, shortest_prompt=0)
+        return without_end(ids, start, self.tokenizer.eos_token_id) if cut else ids, start, clean
 
     def _pair(self, record: Record, sides: Sequence[tuple[list[int], int, bool]], weight: float) -> Pair | None:
         """None where nothing is left to tell apart."""
