@@ -221,7 +221,7 @@ def test_the_run_folder_and_the_report_hold_them(tmp_path: Path) -> None:
     assert cool.completions == columns["completion@temperature=0.3"] and cool.prompts == HELD_OUT
     assert cool.rewards.tolist() == columns["reward@temperature=0.3"] and set(cool.terms) == {"early"}
     page = write_report(tmp_path / "run").read_text()
-    assert "Other sampling, after step 1" in page and "<th>temperature=0.3</th>" in page
+    assert "Other sampling, after step 1" in page and '<th scope="col">temperature=0.3</th>' in page
     assert "after, temperature=0.3, reward" in page and "metric letters" in page
 
 

@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "ops": set(),
     "redaction": set(),
+    "out_of_memory": {"errors"},
     "export_hub": {"errors", "redaction"},
     "storage": {"errors"},
     "types": {"ops"},
@@ -35,14 +36,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "targets": {"errors", "ops", "storage", "types"},
     "algorithms": LEAVES | {"targets"},
     "foreign": {"errors"},
-    "rewards": LEAVES | {"classifier_inputs", "foreign"},
-    "rollouts": LEAVES,
+    "rewards": LEAVES | {"classifier_inputs", "foreign", "out_of_memory"},
+    "rollouts": LEAVES | {"out_of_memory"},
     "data": LEAVES | {"classifier_inputs", "foreign"},
-    "models": LEAVES | {"foreign", "storage", "targets"},
-    "training": LEAVES | {"storage"},
+    "models": LEAVES | {"foreign", "out_of_memory", "storage", "targets"},
+    "training": LEAVES | {"out_of_memory", "storage"},
     "evaluation": LEAVES | {"storage"},
     "envs": LEAVES | {"best_of", "data", "generation", "models", "rewards", "rollouts"},
     "metric_functions": {"errors", "rewards", "types"},
+    "gold_reward": {"errors", "metric_functions", "rewards", "types"},
     "best_of": LEAVES | {"rewards"},
     "generation": LEAVES | {"best_of", "data", "export_hub", "models", "rollouts", "targets"},
 }
@@ -51,10 +53,12 @@ MAY_IMPORT: dict[str, set[str]] = {
 COMPOSERS = {
     "__init__",
     "api",
+    "attribution",
     "build",
     "build_reward_model",
     "cli",
     "commands",
+    "comparing",
     "config",
     "demo",
     "export",
@@ -84,6 +88,7 @@ COMPOSERS = {
     "sweeps",
     "text_reward_model",
     "tokenizer_of",
+    "toxicity",
 }
 
 EXCEPTIONS: dict[str, set[str]] = {
@@ -92,6 +97,8 @@ EXCEPTIONS: dict[str, set[str]] = {
     "training.pool": {"algorithms.base", "algorithms.pool", "data.order", "rollouts.randomness"},
     "training.pairs": {"algorithms.base"},
     "training.rollout_maker": {"rewards", "rollouts.config", "rollouts.protocol", "rollouts.randomness"},
+    # A gold reward is set where the evaluation is, in any form that a reward has.
+    "training.config": {"rewards.config"},
     # The checks before training look at the one policy there is, from inside.
     "training.preflight": {
         "models.policy",
@@ -119,12 +126,14 @@ EXCEPTIONS: dict[str, set[str]] = {
     # Evaluation during training does what a collect does, on held-out prompts.
     "evaluation.preferences": {"algorithms.base"},
     "evaluation.sampling_settings": {"rollouts.config", "schema"},
+    # How many evaluations a run plans is in the recipe of its folder.
+    "evaluation.over_optimisation": {"safe_yaml"},
     "evaluation.heldout": {"algorithms.base", "training.rollout_maker", "training.run_folder"},
 }
 """Module -> modules of other parts that it imports all the same."""
 
 CONCRETE = {f"algorithms.{name}" for name in ("grpo", "kl_control", "ppo", "rloo", "sft")} | {"algorithms"}
-KNOW_METHODS = {"__init__", "api", "build", "cli", "commands", "config", "demo", "algorithms"}
+KNOW_METHODS = {"__init__", "api", "build", "cli", "commands", "comparing", "config", "demo", "algorithms"}
 
 
 def module_of(path: Path) -> str:

@@ -160,6 +160,16 @@ def test_a_reward_whose_source_has_changed_goes_on_and_is_told(
     assert "the code of the reward 'mine' has changed" in resumed[1]["differs"][1]
 
 
+def test_a_gold_reward_whose_source_has_changed_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = defined("def mine(completions):\n    return [float(len(c)) for c in completions]\n", tmp_path / "first.py")
+    second = defined("def mine(completions):\n    return [0.0 for c in completions]\n", tmp_path / "second.py")
+    for steps, judge in ((2, first), (3, second)):  # a run that goes on with another judge
+        trainer = {"evaluation": EvaluationConfig(gold=RewardConfig.of(judge))}
+        changes = {"trainer": trainer, "eval_data": PROMPTS[:2], "total_steps": steps}
+        execute(assemble(FULL, tmp_path / "run", resume=steps == 3, **changes))
+    assert "the code of the gold reward 'mine' has changed" in capsys.readouterr().err
+
+
 def test_the_sources_of_rewards(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("LIMIT = 3\ndef mine(completions):\n    return [LIMIT] * len(completions)\n")
     config = RewardConfig.of(

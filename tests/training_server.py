@@ -115,14 +115,14 @@ def in_child(request: dict[str, Any], rank: int, writing: int) -> None:
 Announce = Callable[[], Any]
 
 
-def before(owner: Any, name: str, wait: Callable[[], None], *, call: int = 1) -> None:
-    """Let ``owner.name`` wait at its ``call``-th call."""
+def before(owner: Any, name: str, wait: Callable[[], None], *, call: int = 1, ever_after: bool = False) -> None:
+    """Let ``owner.name`` wait at its ``call``-th call, and at every one that follows where ``ever_after``."""
     original, calls = getattr(owner, name), 0
 
     def slowed(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == call:
+        if calls == call or (ever_after and calls > call):
             wait()
         return original(*arguments, **named)
 
@@ -210,7 +210,7 @@ PHASES: dict[str, Callable[[Announce], None]] = {
     "last evaluation": lambda a: sampling(sleeping(a), purpose="evaluation", call=3),
     "saving": lambda a: before(boundary, "write_checkpoint", sleeping(a, SHORT)),
     "failing reward": lambda a: scoring(failing(a, RewardError("reward 'early': the judge is not there")), step=1),
-    "failing update": lambda a: before(GRPOAlgorithm, "loss", failing(a, OUT_OF_MEMORY), call=4),
+    "failing update": lambda a: before(GRPOAlgorithm, "loss", failing(a, OUT_OF_MEMORY), call=4, ever_after=True),
     "failing evaluation": lambda a: sampling(failing(a, ArithmeticError("no")), purpose="evaluation", call=2),
     "failing log": lambda a: before(RunFolder, "append", failing(a, StorageError("the disk is full")), call=5),
     "failing load": lambda a: before(build, "policy_of", failing(a, ModelError("there is no such model"))),

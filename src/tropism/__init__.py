@@ -34,6 +34,8 @@ if TYPE_CHECKING:
         RewardModeling,
     )
     from tropism.api import train
+    from tropism.comparing.api import compare
+    from tropism.comparing.results import Comparison
     from tropism.config import Recipe
     from tropism.data.config import DataConfig, Preparation
     from tropism.envs.text_generation import TextGenerationEnv
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from tropism.rewards import RewardConfig, RewardTerm, register
     from tropism.rollouts.config import Sampling, Truncation
     from tropism.text_reward_model import TextRewardModel
+    from tropism.toxicity.meter import ToxicityMeter
+    from tropism.toxicity.result import compare_toxicity
     from tropism.training.config import CheckpointConfig, EvaluationConfig, OptimizerConfig, TrainerConfig
     from tropism.training.normalisation import Normalisation
 
@@ -72,6 +76,8 @@ _HOMES = {
         "RewardModeling",
     ),
     "tropism.api": ("train",),
+    "tropism.comparing.api": ("compare",),
+    "tropism.comparing.results": ("Comparison",),
     "tropism.config": ("Recipe",),
     "tropism.data.config": ("DataConfig", "Preparation"),
     "tropism.envs.text_generation": ("TextGenerationEnv",),
@@ -87,6 +93,8 @@ _HOMES = {
     "tropism.rewards": ("RewardConfig", "RewardTerm", "register"),
     "tropism.rollouts.config": ("Sampling", "Truncation"),
     "tropism.text_reward_model": ("TextRewardModel",),
+    "tropism.toxicity.meter": ("ToxicityMeter",),
+    "tropism.toxicity.result": ("compare_toxicity",),
     "tropism.training.config": ("CheckpointConfig", "EvaluationConfig", "OptimizerConfig", "TrainerConfig"),
     "tropism.training.normalisation": ("Normalisation",),
 }
@@ -103,6 +111,7 @@ __all__ = [
     "RLOO",
     "SFT",
     "CheckpointConfig",
+    "Comparison",
     "Critic",
     "DataConfig",
     "EvaluationConfig",
@@ -128,10 +137,13 @@ __all__ = [
     "TextGenerationVectorEnv",
     "TextPolicy",
     "TextRewardModel",
+    "ToxicityMeter",
     "TrainerConfig",
     "TropismError",
     "Truncation",
     "__version__",
+    "compare",
+    "compare_toxicity",
     "load_model",
     "register",
     "train",

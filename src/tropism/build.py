@@ -16,13 +16,15 @@ from tropism.config import Recipe, free_run, resume_command
 from tropism.data.expected_records import expecting
 from tropism.data.readers import require_there
 from tropism.errors import ConfigError, TropismError
+from tropism.evaluation.over_optimisation import StopAdvice
 from tropism.evaluation.report import write_report
 from tropism.generation import TextPolicy, save_policy
-from tropism.metric_functions import MetricFunctions
+from tropism.gold_reward import measurements_of
 from tropism.models.loading import LoadedModel
 from tropism.models.policy import Policy
 from tropism.models.reference import Reference
 from tropism.models.slot_checks import probe_slots
+from tropism.recipe_evaluation import planned_evaluations
 from tropism.recipe_identity import WatchedFacts, identity_of, note
 from tropism.recipe_model import conditioner_of, policy_of
 from tropism.recipe_processes import accelerator_for, prepared
@@ -122,7 +124,7 @@ class Assembly:
         self.harness = None if recipe.reward is None else RewardHarness(recipe.reward, allow_code=allow_code)
         if self.harness is not None and opened is not None:
             opened.callback(self.harness.close)
-        self.metrics = MetricFunctions(recipe.metrics, allow_code=allow_code) if recipe.metrics else None
+        self.metrics = measurements_of(recipe.metrics, recipe.trainer.evaluation.gold, allow_code=allow_code)
         if self.metrics is not None and opened is not None:
             opened.callback(self.metrics.close)
         path = Path(recipe.run) if recipe.run else free_run(config.name)
@@ -136,7 +138,7 @@ class Assembly:
         self.reference = self._build_reference()
         if config.needs_exact_kl and self.reference is not None:
             self.policy.reference_logits = self.reference.projection()
-        self.identity = identity_of(self.policy, self.reference, recipe.reward)
+        self.identity = identity_of(self.policy, self.reference, recipe.reward, recipe.trainer.evaluation.gold)
         self.conditioner = conditioner_of(recipe, self.loaded)
         self.facts = WatchedFacts(
             total_steps=recipe.total_steps,
@@ -170,6 +172,8 @@ class Assembly:
         self.trainer = self._build_trainer(source)
         self.prompts, self.maker, self.answers = data.prompts, data.maker, data.answers
         self.run.evaluations.extend(data.evaluations)
+        if recipe.trainer.evaluation.gold is not None:
+            self.run.advise = StopAdvice(self.folder.path, planned=planned_evaluations(recipe))
         self.identity["held_out"].extend(data.held_out)
         self.run.attach(self.trainer)
         if self.harness is not None:

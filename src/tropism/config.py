@@ -13,6 +13,8 @@ from tropism.data.config import DataConfig
 from tropism.errors import ConfigError
 from tropism.evaluation.sampling_settings import refuse_ambiguous_names, sampling_settings
 from tropism.foreign.trust import refuse_trust
+from tropism.foreign.view import ADAPTER_CONFIG
+from tropism.gold_reward import check_gold
 from tropism.metric_functions import MetricTerm, metrics_of
 from tropism.models.loading import ModelConfig
 from tropism.models.lora import LoRA
@@ -25,6 +27,11 @@ from tropism.training.normalisation import Normalisation
 
 logger = logging.getLogger("tropism")
 
+TRAIN_AN_ADAPTER = (
+    "and packed weights cannot be trained, neither all nor the last layers: set lora (lora: {}) to train an adapter on "
+    "them, or load the model without quantisation"
+)
+"""The end of two errors."""
 MOST_PER_STEP = 10_000_000
 """Completions, or demonstrations, of a step: all of them are held in memory at once."""
 
@@ -95,6 +102,7 @@ class Recipe:
         settings = sampling_settings(self.sampling, self.trainer.evaluation.sampling)
         refuse_ambiguous_names(settings, {} if self.reward is None else self.reward.terms)
         self._check_reward_model()
+        self._check_quantized()
         self._check_best()
         self._check_policy_distribution()
         if self.algorithm.reads == "prompts" and self.reward is None:
@@ -111,8 +119,26 @@ class Recipe:
                 "sequence can train the filtered one)"
             )
 
+    def _check_quantized(self) -> None:
+        """Packed weights stand still, so that something else has to be trained."""
+        model = self.model
+        if not isinstance(model, ModelConfig) or model.quantization is None:
+            return
+        if self.algorithm.reads == "comparisons":
+            raise ConfigError(f"{self.algorithm.name} takes no model.quantization; leave it out")
+        adapter = (Path(model.name).expanduser() / ADAPTER_CONFIG).is_file()
+        if self.lora is None and not adapter:
+            raise ConfigError(f"model.quantization is {model.quantization}, {TRAIN_AN_ADAPTER}")
+
     def _check_best(self) -> None:
-        keeping = self.trainer.checkpoints
+        keeping, gold = self.trainer.checkpoints, self.trainer.evaluation.gold
+        if gold is not None:
+            check_gold(gold, self.reward)
+        elif str(keeping.best_metric).partition("@")[0] == "eval/gold":
+            raise ConfigError(
+                "trainer.checkpoints.best_metric is eval/gold, and there is no gold reward; name one in "
+                "trainer.evaluation.gold"
+            )
         waits = keeping.use_best or keeping.patience is not None
         if waits and keeping.best_metric == "eval/reward" and self.reward is None:
             raise ConfigError(
@@ -137,6 +163,7 @@ class Recipe:
             ("reward", self.reward),
             ("metrics", self.metrics or None),
             ("trainer.evaluation.sampling", self.trainer.evaluation.sampling or None),
+            ("trainer.evaluation.gold", self.trainer.evaluation.gold),
             ("train_layers", self.train_layers),
         ):
             if given is not None:
@@ -157,6 +184,7 @@ class Recipe:
         values["algorithm"] = algorithm_from(values["algorithm"])
         if values.get("reward") is not None:
             values["reward"] = RewardConfig.of(values["reward"])
+        values |= _with_gold(values)
         values["metrics"] = metrics_of(values.get("metrics") or {})
         if isinstance(values.get("sampling"), Mapping):
             try:
@@ -198,6 +226,19 @@ class Recipe:
             else:
                 plain[f.name] = to_plain(value)
         return dump_yaml(plain)
+
+
+def _with_gold(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The trainer's settings with the gold reward built, which may be one word as a reward may; none where none is."""
+    trainer = values.get("trainer")
+    evaluation = trainer.get("evaluation") if isinstance(trainer, Mapping) else None
+    if not isinstance(evaluation, Mapping) or evaluation.get("gold") is None:
+        return {}
+    try:
+        gold = RewardConfig.of(evaluation["gold"])
+    except ConfigError as error:
+        raise ConfigError(f"trainer.evaluation.gold: {error}") from error
+    return {"trainer": {**trainer, "evaluation": {**evaluation, "gold": gold}}}  # type: ignore[dict-item]
 
 
 _CONFIGS = (ModelConfig, DataConfig)

@@ -29,3 +29,7 @@ class NumericsError(TropismError):
 
 class StorageError(TropismError):
     """A file or folder that cannot be written, or that another run is using; nothing that was complete is lost."""
+
+
+class NoRoomError(TropismError):
+    """Not even a single row fits into memory; holds the allocator's own words and the settings to change."""

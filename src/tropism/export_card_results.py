@@ -13,7 +13,9 @@ from tropism.errors import DataError
 from tropism.evaluation.comparison_numbers import measure
 from tropism.evaluation.comparison_verdict import counts_text, number_rows, verdict
 from tropism.evaluation.number_texts import interval_text
-from tropism.evaluation.plots import Panel, Series, evaluation_means, panels_picture, training_curve
+from tropism.evaluation.pictures import Panel, panels_picture
+from tropism.evaluation.plots import Series
+from tropism.evaluation.run_curves import evaluation_means, training_curve
 from tropism.evaluation.run_folder import RunData, is_finite
 from tropism.evaluation.summary import summarise, summary_rows
 from tropism.export_source import Trained

@@ -24,6 +24,7 @@ Measured = dict[str, list[float | None]]
 RESERVED = frozenset(
     {
         "reward",
+        "gold",
         "sequence_kl",
         "length_mean",
         "eos_fraction",

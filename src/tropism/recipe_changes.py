@@ -43,7 +43,9 @@ FREE = frozenset(
 )
 """Fields that no update depends on."""
 
-HOW_REWARDS_ARE_CALLED = re.compile(r"reward\.(timeout|terms\.((?!\.args\.).)+\.(timeout|retries|concurrency|cache))")
+HOW_REWARDS_ARE_CALLED = re.compile(
+    r"(reward|trainer\.evaluation\.gold)\.(timeout|terms\.((?!\.args\.).)+\.(timeout|retries|concurrency|cache))"
+)
 """Fields that say how a reward function is called, not what it answers; its own arguments may have the same names."""
 
 

@@ -10,7 +10,9 @@ from tropism.algorithms.base import Scorer
 from tropism.config import Recipe
 from tropism.errors import ConfigError
 from tropism.evaluation.heldout import Measures, RewardEvaluation
+from tropism.evaluation.over_optimisation import evaluations_in
 from tropism.evaluation.sampling_settings import PLACE, sampling_settings
+from tropism.gold_reward import PLACE as GOLD
 from tropism.rollouts.config import Sampling
 from tropism.rollouts.transcribe import Transcriber
 from tropism.training.rollout_maker import CompletionMaker
@@ -49,6 +51,11 @@ def settings_of(recipe: Recipe) -> dict[str, Sampling]:
     return sampling_settings(recipe.sampling, recipe.trainer.evaluation.sampling)
 
 
+def planned_evaluations(recipe: Recipe) -> int:
+    """How often a run is evaluated: before its first step, after every so many, and after the last."""
+    return evaluations_in(recipe.total_steps, recipe.trainer.evaluation.every)
+
+
 def refuse_idle_settings(recipe: Recipe, evaluations: Sequence[object]) -> None:
     """Refuse settings of an evaluation that is never made.
 
@@ -60,9 +67,14 @@ def refuse_idle_settings(recipe: Recipe, evaluations: Sequence[object]) -> None:
     """
     if any(isinstance(evaluation, RewardEvaluation) for evaluation in evaluations):
         return
-    given = {"metrics": bool(recipe.metrics), PLACE: bool(recipe.trainer.evaluation.sampling)}
+    measured = bool(recipe.metrics) or recipe.trainer.evaluation.gold is not None
+    given = {
+        "metrics": bool(recipe.metrics),
+        GOLD: recipe.trainer.evaluation.gold is not None,
+        PLACE: bool(recipe.trainer.evaluation.sampling),
+    }
     for name, is_given in given.items():
-        if is_given and recipe.reward is None and not recipe.metrics:
+        if is_given and recipe.reward is None and not measured:
             raise ConfigError(
                 f"{name}: without a reward and metrics no held-out completion is sampled; give one of them, or leave "
                 "it out"

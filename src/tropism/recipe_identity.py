@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import inspect
 import json
 import logging
-import sys
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from tropism import __version__
 from tropism.algorithms.base import RunFacts
-from tropism.errors import ConfigError, DataError, ModelError
+from tropism.errors import ConfigError, DataError, ModelError, StorageError
+from tropism.models.loading import ModelConfig
 from tropism.models.modules import base_model
 from tropism.models.policy import Policy
 from tropism.models.reference import Reference
@@ -42,6 +43,10 @@ _MODEL = "model:"
 _UNSTEADY = ("_name_or_path", "name_or_path", "transformers_version")
 """Entries of a model's configuration that say nothing about what it computes."""
 
+MODEL_FILES = (".safetensors", ".bin", ".gguf", ".json", ".model", ".txt", ".jinja")
+"""Endings of the files of a model folder that decide what it is."""
+_PIECE = 1 << 20
+
 
 class WatchedFacts(RunFacts):
     """Facts of a run that know whether the method has asked for ``total_steps``: only then must it stay as it was."""
@@ -56,7 +61,9 @@ class WatchedFacts(RunFacts):
         return "_read" in vars(self)
 
 
-def identity_of(policy: Policy, reference: Reference | None, reward: RewardConfig | None) -> dict[str, Any]:
+def identity_of(
+    policy: Policy, reference: Reference | None, reward: RewardConfig | None, gold: RewardConfig | None = None
+) -> dict[str, Any]:
     """Fingerprints of what a run starts from, as plain JSON, taken before anything is trained or read back.
 
     ``held_out`` is an empty list, for the fingerprints of the items of each evaluation.
@@ -69,6 +76,7 @@ def identity_of(policy: Policy, reference: Reference | None, reward: RewardConfi
         "config": _digest(json.dumps(steady, sort_keys=True, default=str).encode()),
         "held_out": [],
         "rewards": {} if reward is None else reward_sources(reward),
+        "gold": {} if gold is None else reward_sources(gold),
     }
 
 
@@ -107,6 +115,57 @@ def reward_sources(config: RewardConfig) -> dict[str, str]:
     return sources
 
 
+def model_files(model: Any, before: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each file of a local model folder (or GGUF file) with a digest of its content; of a hub model its commit.
+
+    A digest is taken over only for a file that the system has not changed since: size, inode and time of change, which
+    unlike the time of modification nobody can set.
+    """
+    name = model.name if isinstance(model, ModelConfig) else str(model)
+    path = Path(name)
+    if not path.exists():
+        commit = _commit(name, model.revision if isinstance(model, ModelConfig) else None)
+        return {} if commit is None else {name: {"digest": commit}}
+    files = [path] if path.is_file() else sorted(one for one in path.iterdir() if one.suffix in MODEL_FILES)
+    found: dict[str, dict[str, Any]] = {}
+    for file in files:
+        if not file.is_file():
+            continue
+        status = file.stat()
+        mark = [status.st_size, status.st_ino, status.st_ctime_ns]
+        known = before.get(file.name)
+        same = isinstance(known, Mapping) and known.get("mark") == mark
+        found[file.name] = {"digest": known["digest"] if same and known else file_digest(file), "mark": mark}
+    return found
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    """The commit of a hub model that is on this machine; None for the demo model, or where there is none yet."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        path = try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:  # no name of the hub
+        return None
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
+def file_digest(path: Path) -> str:
+    """Digest of the content of a file.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
 def check_identity(saved: Mapping[str, Any] | None, own: Mapping[str, Any], *, same_libraries: bool) -> list[str]:
     """Compare what a checkpoint presumes with what is there now.
 
@@ -135,14 +194,22 @@ def check_identity(saved: Mapping[str, Any] | None, own: Mapping[str, Any], *, s
             "the held-out data is not that of the run: other items, another order, or other token ids. Give the run "
             "the same eval_data, with the same tokenizer and chat template, or start a new run"
         )
-    changed = [
-        name for name, code in saved["rewards"].items() if name in own["rewards"] and own["rewards"][name] != code
-    ]
     # Not refused: mending a function that failed in the middle of a run is why runs are resumed.
-    parts = {name: "model" if own["rewards"][name].startswith(_MODEL) else "code" for name in changed}
+    rewards, golds = (_changed(saved.get(kind, {}), own[kind]) for kind in ("rewards", "gold"))
     return [
-        f"the {part} of the reward {name!r} has changed; what it scored before stays" for name, part in parts.items()
+        *(f"the {part} of the reward {name!r} has changed; what it scored before stays" for name, part in rewards),
+        *(
+            f"the {part} of the gold reward {name!r} has changed; what it measured before stays, and does not compare "
+            "with what follows"
+            for name, part in golds
+        ),
     ]
+
+
+def _changed(saved: Mapping[str, str], own: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The terms whose sources are others now, each with what of it is: its code, or its model."""
+    names = [name for name, source in saved.items() if name in own and own[name] != source]
+    return [(name, "model" if own[name].startswith(_MODEL) else "code") for name in names]
 
 
 def read_environment(folder: Path) -> dict[str, Any]:
@@ -223,9 +290,17 @@ def _file_of(reference: str) -> bytes | None:
         return None
     spec_file: str | None = source
     if not (source.endswith(".py") or "/" in source or "\\" in source):
-        module = sys.modules.get(source)  # resolved by now, hence imported
-        spec_file = None if module is None else getattr(module, "__file__", None)
+        spec_file = _module_file(source)
     try:
         return None if spec_file is None else Path(spec_file).read_bytes()
     except OSError:
         return None
+
+
+def _module_file(name: str) -> str | None:
+    """Where a module is, whether this process has imported it or not; its parents are imported."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except Exception:  # whatever the parents do as they are imported; who calls the function says so
+        return None
+    return None if spec is None or not spec.has_location else spec.origin

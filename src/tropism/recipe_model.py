@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from tropism.config import Recipe
+from tropism.config import TRAIN_AN_ADAPTER, Recipe
 from tropism.errors import ConfigError
 from tropism.generation import make_conditioner, q_heads_of, slots_for
 from tropism.models.conditioning import RewardSlots
@@ -20,6 +20,7 @@ from tropism.models.lora import add_lora, add_reference_adapter
 from tropism.models.modules import base_model
 from tropism.models.policy import Policy
 from tropism.models.q_heads import QHeads
+from tropism.models.quantization import is_quantized
 from tropism.models.reward_files import facts_of_source, load_reward_body
 from tropism.models.reward_model import RewardModel
 from tropism.models.trunk import FrozenTrunk
@@ -72,6 +73,8 @@ def policy_of(recipe: Recipe) -> tuple[LoadedModel, Policy]:
             add_reference_adapter(model)
     elif recipe.lora is not None:
         model = add_lora(model, recipe.lora, seed=recipe.seed)
+    elif is_quantized(model):
+        raise ConfigError(f"{loaded.source} has quantised weights, {TRAIN_AN_ADAPTER}")
     else:
         _train_everything(model)
     head = None

@@ -25,6 +25,7 @@ from tropism.models.policy import Policy
 from tropism.models.reference import Reference
 from tropism.models.reward_model import RewardModel
 from tropism.models.sharding import shard
+from tropism.training.processes import Processes
 
 logger = logging.getLogger("tropism")
 
@@ -70,6 +71,23 @@ def accelerator_for(recipe: Recipe) -> Accelerator:
                 capability,
             )
     return accelerator
+
+
+def processes_for_measuring(device: str = "auto") -> Processes:
+    """The processes that a launcher started to measure something, each with a whole model; one without a launcher.
+
+    Args:
+        device: of a model, as in ``ModelConfig``.
+
+    Raises:
+        ConfigError: the launcher asks for sharded weights, or for several processes and has started one.
+    """
+    _refuse_one_for_many()
+    if sharding() is not None:
+        raise ConfigError("each process measures with a whole model; launch without --use_fsdp")
+    AcceleratorState._reset_state()
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    return Processes(Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=patience())]))
 
 
 def patience() -> timedelta:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -14,8 +15,7 @@ from tropism.config import Recipe
 from tropism.data.demonstrations import collate_demonstrations
 from tropism.data.order import fingerprint
 from tropism.errors import ConfigError
-from tropism.evaluation.heldout import LossEvaluation
-from tropism.metric_functions import MetricFunctions
+from tropism.evaluation.heldout import LossEvaluation, Measures
 from tropism.models.loading import LoadedModel
 from tropism.models.policy import Policy
 from tropism.recipe_data import Texts, demonstrations_of, prompts_of, scored_of
@@ -34,6 +34,8 @@ from tropism.training.run import Evaluation
 from tropism.training.scoring import ModelScorer
 from tropism.training.sources import Collected, DemonstrationSource, RolloutSource
 from tropism.types import Batch, Prompt, ScoredText
+
+logger = logging.getLogger("tropism")
 
 T = TypeVar("T")
 
@@ -58,8 +60,8 @@ class RecipeSource:
     exact: bool
     on_collect: Callable[[Collected], None]
     unscored: CompletionMaker | None = None
-    """Completes held-out prompts where the recipe has metrics and no reward."""
-    metrics: MetricFunctions | None = None
+    """Completes held-out prompts where the recipe has metrics or a gold reward, and no reward."""
+    metrics: Measures | None = None
 
     prompts: Sequence[Prompt] = ()
     """Prompts to sample completions of: those to train on, or of a method that learns texts the held-out ones, or else
@@ -77,6 +79,7 @@ class RecipeSource:
         self._check_eval_target()
         self._check_ends()
         source = self._source()
+        self._tell_passes(source)
         refuse_idle_settings(self.recipe, self.evaluations)
         return source
 
@@ -99,6 +102,16 @@ class RecipeSource:
         if held_out:
             self._evaluate_reward(held_out)
         return self._pool() if isinstance(self.algorithm, PoolAlgorithm) else self._rollouts()
+
+    def _tell_passes(self, source: Any) -> None:
+        """How often the steps go through the data; those of a method with a pool do not all draw from it."""
+        stream = getattr(source, "stream", None)
+        if stream is not None and not isinstance(self.algorithm, PoolAlgorithm):
+            recipe = self.recipe
+            passes = recipe.total_steps * recipe.prompts_per_step / len(stream.items)
+            what = "prompts" if recipe.algorithm.reads == "prompts" else "texts"
+            steps = f"total_steps {recipe.total_steps} x prompts_per_step {recipe.prompts_per_step}"
+            logger.info("%s: %.3g passes over %d %s", steps, passes, len(stream.items), what)
 
     def _check_eval_target(self) -> None:
         """Before anything is sampled, as evaluation first asks for it when there are rewards."""

@@ -50,6 +50,9 @@ def build(cls: type[T], mapping: Mapping[str, Any], *, path: str = "") -> T:
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{_place(path)}: expected a mapping of {cls.__name__} settings, got {_show(mapping)}")
     known = {f.name: f for f in fields(cls) if f.init}  # type: ignore[arg-type]
+    refuse = getattr(cls, "refuse", None)
+    if refuse is not None:  # of names from other libraries the class says why they are none of its own
+        refuse(mapping)
     for key in mapping:
         if key not in known:
             raise ConfigError(_unknown_key(key, known, path))

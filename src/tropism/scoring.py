@@ -116,7 +116,7 @@ def score(
     with closing(RewardHarness(rewards, allow_code=allow_code)) as harness:
         texts: _Texts
         if model is None:
-            texts = _Given(data, config, _tokenizer_for(harness, tokenizer))
+            texts = _Given(data, config, require_tokenizer(harness, tokenizer))
         else:
             texts = _Sampled(data, config, model, sampling=sampling, n=n, seed=seed, target_reward=target_reward)
         labels = _Labels(texts, harness, reward_column, terms)
@@ -338,7 +338,7 @@ def _shortest(value: float) -> float | None:
     return None if math.isnan(value) else float(str(np.float32(value)))
 
 
-def _tokenizer_for(harness: RewardHarness, given: Any) -> Any:
+def require_tokenizer(harness: RewardHarness, given: Any) -> Any:
     """The tokenizer for rewards that ask for token ids, if there is one.
 
     Raises:

@@ -14,6 +14,7 @@ from tropism.foreign.reward_facts import RewardFacts
 from tropism.models.loading import ModelConfig, folder_or_hub_id
 from tropism.models.reward_files import load_reward_model, save_reward_model
 from tropism.models.reward_model import RewardModel
+from tropism.out_of_memory import BatchSize
 from tropism.rewards.reward_model import find_reward_model
 from tropism.types import Messages, pad_rows
 
@@ -36,6 +37,11 @@ class TextRewardModel:
             text=cast(ReadText, facts.text),
             max_length=facts.max_length,
             cut_completion=True,
+        )
+        self.size = BatchSize(
+            "texts scored at once",
+            setting="batch_size",
+            advice="Score shorter texts, or load the model on another device or in bfloat16",
         )
 
     @classmethod
@@ -89,11 +95,14 @@ class TextRewardModel:
         ]
         by_length = sorted(range(len(rows)), key=lambda row: len(rows[row]))
         scores = [0.0] * len(rows)
-        for begin in range(0, len(rows), batch_size):
-            chosen = by_length[begin : begin + batch_size]
+
+        def compute(chosen: Sequence[int]) -> list[float]:
             ids = pad_rows([rows[row] for row in chosen]).to(self.model.device)
-            found = self.model(ids, torch.tensor([len(rows[row]) for row in chosen], device=ids.device))
-            for row, score in zip(chosen, found.tolist(), strict=True):
+            lengths = torch.tensor([len(rows[row]) for row in chosen], device=ids.device)
+            return self.model(ids, lengths).tolist()  # type: ignore[no-any-return]
+
+        for chosen, found in self.size.parts(by_length, compute, size=batch_size):
+            for row, score in zip(chosen, found, strict=True):
                 scores[row] = score
         return scores
 

@@ -15,6 +15,8 @@ import pytest
 import tyro
 
 import tropism
+from hub_stand_ins import save_classifiers
+from public_sets import write_dialogues, write_toxicity_prompts
 from tiny_models import tiny_model, tiny_tokenizer
 from tiny_reward_models import FACTS, tiny_reward_model
 from tiny_runs import METHODS, Setting, assemble, execute
@@ -105,7 +107,9 @@ def tiny_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     whole = build.run_recipe
 
     def run_small(recipe: Recipe, **options: Any) -> Any:
-        sampling = dataclasses.replace(recipe.sampling, max_new_tokens=min(6, recipe.sampling.max_new_tokens))
+        truncation = recipe.sampling.truncation
+        few = 6 if truncation is None else truncation.after + 2
+        sampling = dataclasses.replace(recipe.sampling, max_new_tokens=min(few, recipe.sampling.max_new_tokens))
         trainer = dataclasses.replace(recipe.trainer, progress=False)
         fewer: dict[str, Any] = {
             "total_steps": min(2, recipe.total_steps),
@@ -119,6 +123,9 @@ def tiny_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     monkeypatch.chdir(tmp_path)
     model, tokenizer = tiny_reward_model("llama")  # that pages suppose to be there
     save_reward_model(model, tokenizer, tmp_path / "runs" / "my-rm" / "model", FACTS)
+    save_classifiers(tmp_path)
+    write_dialogues(tmp_path / "DIALOCONAN.csv")
+    write_toxicity_prompts(tmp_path / "toxicity-prompts.jsonl")
     methods, rewards = dict(ALGORITHMS), dict(registry._registered)
     yield
     for now, before in ((ALGORITHMS, methods), (registry._registered, rewards)):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tropism.errors import DataError
 from tropism.evaluation.comparison_numbers import measure
 from tropism.evaluation.comparison_table import ScoredComparison, table_of
 from tropism.evaluation.report import write_report
-from tropism.evaluation.reward_model_report import reward_model_section
+from tropism.evaluation.reward_model_report import RewardModelPart, reward_model_part
 from tropism.evaluation.run_folder import RunData
 
 MARKUP = "</pre><script>alert('x')</script><img src=http://example.org/a onerror=alert(1)>"
@@ -68,10 +69,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("runs") / "judge")
 
 
-def section_of(folder: Path) -> dict[str, Any]:
-    section = reward_model_section(RunData.read(folder))
-    assert section is not None
-    return section.view
+def part_of(folder: Path) -> RewardModelPart:
+    part = reward_model_part(RunData.read(folder))
+    assert part is not None
+    return part
+
+
+def body_of(part: RewardModelPart, title: str) -> str:
+    return str(next(section.body for section in part.sections if section.title == title))
+
+
+def figures_of(part: RewardModelPart) -> list[str]:
+    return body_of(part, "Learning and calibration").split("<figure>")[1:]
+
+
+def prompts_of(part: RewardModelPart) -> list[str]:
+    return re.findall(r'<p class="text prompt" dir="auto">([^<]*)', body_of(part, "Held-out comparisons"))
 
 
 def test_what_the_page_shows(folder: Path) -> None:
@@ -93,13 +106,19 @@ def test_what_the_page_shows(folder: Path) -> None:
 
 
 def test_the_curves(folder: Path) -> None:
-    loss, accuracy, pairs, best = section_of(folder)["curves"]
-    assert (loss["title"], loss["train"], loss["eval"], loss["rule"]) == ("Loss", True, True, None)
-    assert accuracy["train"] and accuracy["eval"] and accuracy["rule"].startswith("best rule: ")
+    part = part_of(folder)
+    loss, accuracy, pairs, best = figures_of(part)
+    assert "<h3>Loss</h3>" in loss and "best rule" not in loss
+    for chart in (loss, accuracy):
+        assert "</i>training</span>" in chart and "</i>held-out, 95 %</span>" in chart
+    assert "</i>best rule: " in accuracy
     for chart in (accuracy, pairs, best):
-        assert 'class="curve rule"' in chart["svg"]
-    assert accuracy["svg"].count('class="dot eval"') == 4  # steps 0, 4, 8 and 12
-    assert 'class="whisker"' in pairs["svg"] and "predictions of" in pairs["svg"]
+        assert 'class="curve rule"' in chart
+    assert accuracy.count('class="dot eval"') == 4  # steps 0, 4, 8 and 12
+    assert 'class="whisker"' in pairs and "predictions of" in pairs
+    (section,) = (one for one in part.sections if one.pictures)
+    assert list(section.pictures)[:2] == ["loss.png", "accuracy.png"] and len(section.pictures) == 4
+    assert all(content.startswith(b"\x89PNG") for content in section.pictures.values())
 
 
 def test_right_and_wrong_ones_are_shown_with_their_scores(tmp_path: Path) -> None:
@@ -112,29 +131,29 @@ def test_right_and_wrong_ones_are_shown_with_their_scores(tmp_path: Path) -> Non
 
     right = sorted((one for one in items if np.argmax(one.scores) == one.choice), key=sure)[::-1]
     wrong = sorted((one for one in items if np.argmax(one.scores) != one.choice), key=sure)[::-1]
-    view = section_of(folder)
-    assert view["steps"] == "step 0 to 4"  # the best one
-    shown = view["examples"]
-    assert [one["prompt"] for one in shown] == [one.prompt for one in (*right[:3], *wrong[:3])]
-    first = shown[3]
-    assert first["label"].startswith("Wrong") and wrong[0].choice is not None
-    assert [one["text"] for one in first["completions"] if one["chosen"]] == [
-        wrong[0].completions[wrong[0].choice].strip()
-    ]
-    assert first["completions"][0]["words"].startswith(f"score {max(wrong[0].scores):.2f}, rating ")
+    part = part_of(folder)
+    assert "step 0 to 4" in part.lead  # the best one
+    assert prompts_of(part) == [one.prompt for one in (*right[:3], *wrong[:3])]
+    fourth = body_of(part, "Held-out comparisons").split('<div class="pair">')[4]
+    assert wrong[0].choice is not None
+    assert fourth.startswith('<p class="quiet">Wrong, and surest of it</p>')
+    sides = fourth.split('<div class="side')[2:]  # after the grid that holds them
+    (chosen,) = (side for side in sides if "<b>chosen</b>" in side)
+    assert chosen.startswith(" after") and wrong[0].completions[wrong[0].choice].strip() in chosen
+    assert f'<p class="quiet">score {max(wrong[0].scores):.2f}, rating ' in sides[0]
 
 
 @pytest.mark.parametrize(("kind", "title"), [("rating", "Correlation with ratings"), ("difference", "Accuracy")])
 def test_numbers_in_place_of_choices(tmp_path: Path, kind: str, title: str) -> None:
     folder = write_run(tmp_path / "judge", kind=kind, facts=False)
-    view = section_of(folder)
-    assert view["headline"]["title"] == title and view["calibration_error"] == ""
-    assert [curve["title"] for curve in view["curves"]] == ["Mean squared error", title]
-    assert view["facts"] == []
+    part = part_of(folder)
+    assert f"<h3>{title} on held-out data</h3>" in part.lead and "Calibration error" not in part.lead
+    assert [re.search("<h3>([^<]*)", one)[1] for one in figures_of(part)] == ["Mean squared error", title]  # type: ignore[index]
+    assert "The reward model" not in [section.title for section in part.sections]
     items = items_at(1.0, kind=kind)
     errors = [abs((one.scores[-1] - one.scores[0] * (len(one.scores) == 2)) - (one.target or 0)) for one in items]
-    assert view["examples"][0]["prompt"] == items[int(np.argmin(errors))].prompt
-    assert view["examples"][-1]["label"].startswith("Farthest")
+    assert prompts_of(part)[0] == items[int(np.argmin(errors))].prompt
+    assert '<p class="quiet">Farthest from the label' in body_of(part, "Held-out comparisons").split('class="pair"')[-1]
     assert "mean squared error" in write_report(folder).read_text()
 
 

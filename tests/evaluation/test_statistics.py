@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tropism.evaluation.statistics import Interval, _student_quantile, bootstrap_interval, paired_difference
+from tropism.evaluation.statistics import Interval, bootstrap_interval, paired_difference, student_quantile
 
 
 def test_mean_and_bounds_of_a_known_resampling_distribution() -> None:
@@ -17,8 +17,8 @@ def test_mean_and_bounds_of_a_known_resampling_distribution() -> None:
 
 
 @pytest.mark.parametrize(("degrees", "tabulated"), [(3, 3.182), (4, 2.776), (9, 2.262), (29, 2.045)])
-def test_student_quantile_against_the_printed_table(degrees: int, tabulated: float) -> None:
-    assert _student_quantile(1.959964, degrees) == pytest.approx(tabulated, rel=0.01)
+def teststudent_quantile_against_the_printed_table(degrees: int, tabulated: float) -> None:
+    assert student_quantile(1.959964, degrees) == pytest.approx(tabulated, rel=0.01)
 
 
 def test_large_sample_agrees_with_the_normal_interval() -> None:

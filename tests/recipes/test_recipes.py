@@ -35,8 +35,12 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "recipes"
 SWEEPS = FOLDER / "sweeps"
 """Files of sweeps, which tests/sweeps checks."""
+COMPARISONS = FOLDER / "compare"
+"""Recipes of comparisons, which tests/comparing checks."""
 RECIPES = {
-    path.relative_to(FOLDER).as_posix(): path for path in sorted(FOLDER.rglob("*.yaml")) if path.parent != SWEEPS
+    path.relative_to(FOLDER).as_posix(): path
+    for path in sorted(FOLDER.rglob("*.yaml"))
+    if path.parent not in (SWEEPS, COMPARISONS)
 }
 FILMS = ROOT / "src" / "tropism" / "demo_data"
 
@@ -85,6 +89,10 @@ LOCAL: dict[str, tuple[str, ...]] = {
     "grpo-t5-summaries.yaml": (
         *("--data.path", "{articles}/articles.jsonl", "--data.subset=null", "--data.prepare.length", "16"),
         *("--data.eval_fraction", "0.3"),
+    ),
+    "grpo-less-toxic.yaml": (
+        *("--data.path", f"{FILMS}/train.txt", "--data.prompt_column", "text", "--data.eval_fraction", "0.4"),
+        *("--data.limit", "8"),
     ),
     "ppo-imdb.yaml": (*REVIEWS, "--algorithm.minibatch_size", "2"),
     "grpo-imdb.yaml": REVIEWS,

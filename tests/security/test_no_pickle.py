@@ -55,6 +55,7 @@ MAY_RUN = {
     "sweeps/work.py": {"subprocess"},
     # Names that stand in these files themselves, imported when they are first used.
     "__init__.py": {"import_module"},
+    "attribution/__init__.py": {"import_module"},
     "cli.py": {"import_module"},
     "rewards/registry.py": {"importlib.import_module"},
 }

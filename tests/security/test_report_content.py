@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import pyarrow.parquet
 import pytest
 
 from tropism.errors import DataError
-from tropism.evaluation.plots import reward_kl_picture
+from tropism.evaluation.pictures import reward_kl_picture
 from tropism.evaluation.report import write_report
 
 INJECTIONS = [
@@ -111,9 +112,8 @@ def test_nothing_of_a_run_becomes_markup(run: Path, attack: str) -> None:
     assert set(page.tags) <= set(plain.tags) | {"li", "ul", "b", "details", "summary", "circle", "polyline", "rect"}
     assert page.tags.count("script") == page.tags.count("style") == 1
     assert page.tags.count("meta") == plain.tags.count("meta")
-    assert not [
-        name for name, _ in page.attributes if name.startswith("on") or name in ("href", "src", "srcdoc", "action")
-    ]
+    assert not [name for name, _ in page.attributes if name.startswith("on") or name in ("src", "srcdoc", "action")]
+    assert all(re.fullmatch(r"#[a-z0-9-]+", value) for name, value in page.attributes if name == "href")
     assert not [value for _, value in page.attributes if "javascript:" in value or "example.org" in value]
     if "{{" in attack:
         assert "{{ 7 * 7 }}" in page.text and "49" not in page.text

@@ -14,8 +14,8 @@ import yaml
 
 from stub_sweeps import RATES, Runs
 from tropism.cli import main
-from tropism.commands.recipe_arguments import take_apart, with_overrides
-from tropism.commands.sweep import FLAGS, _own_options
+from tropism.commands.recipe_arguments import own_options, take_apart, with_overrides
+from tropism.commands.sweep import FLAGS, OWN
 from tropism.config import Recipe
 from tropism.safe_yaml import parse_yaml, read_yaml
 from tropism.sweeps.config import RayConfig, SweepConfig, sweep_from_file, sweep_from_mapping
@@ -173,7 +173,7 @@ def test_the_sweeps_and_commands_of_the_page_are_understood(base: dict[str, Any]
     assert commands
     for line in commands:
         words = take_apart(shlex.split(line), FLAGS)
-        _, overrides = _own_options(words.overrides)
+        _, overrides = own_options(words.overrides, OWN)
         assert len(words.sources) == 2
         if (ROOT / words.sources[1]).is_file():
             recipe = with_overrides(read_yaml(ROOT / words.sources[0]), overrides)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.padding import Padding
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tropism.commands.console import printable
+from tropism.errors import DataError
 from tropism.evaluation.sampling_table import sampling_table
 from tropism.evaluation.summary import SamplePair, Snapshot, Summary, summary_rows
 
@@ -56,6 +58,22 @@ def show_sampling(out: Console, models: Mapping[str, Snapshot | None]) -> None:
             by_label = dict(zip(labels, values, strict=True))
             table.add_row(printable(f"{label}, {name}"), *(by_label.get(column, "") for column in columns))
     out.print(table)
+
+
+def show_parting(out: Console, folder: Path) -> None:
+    """Whether training and gold reward of a run part; nothing where it has no gold reward."""
+    from tropism.evaluation.over_optimisation import over_optimisation, planned_by
+    from tropism.evaluation.run_folder import RunData
+
+    try:
+        run = RunData.read(folder)
+        found = over_optimisation(run, planned=planned_by(run))
+    except DataError as error:  # of a run that is done: what it has made is there all the same
+        out.print(Text.assemble(("note: ", "yellow"), printable(str(error))), soft_wrap=True)
+        return
+    if found is not None:
+        style = {"parted": "bold yellow", "fell": "bold yellow"}.get(found.verdict, "")
+        out.print(Text.assemble(("gold:   ", style), printable(found.sentence)), soft_wrap=True)
 
 
 def show_pairs(out: Console, pairs: Sequence[SamplePair]) -> None:

@@ -28,7 +28,7 @@ from tropism.storage import writing
 if TYPE_CHECKING:
     from tropism.config import Recipe
     from tropism.evaluation.heldout import RewardEvaluation
-    from tropism.metric_functions import MetricFunctions
+    from tropism.gold_reward import Measurements
     from tropism.models.loading import LoadedModel
     from tropism.models.policy import Policy
     from tropism.rewards import RewardHarness
@@ -112,7 +112,7 @@ def run(arguments: Sequence[str]) -> None:
     if options.out is not None and options.out.suffix not in (".parquet", ".json"):
         raise ConfigError(f"--out {options.out}: name a .parquet or .json file")
     recipe = _recipe(options, overrides)
-    from tropism.commands.comparison import show_sampling, show_summary
+    from tropism.commands.comparison import show_parting, show_sampling, show_summary
     from tropism.commands.quiet import quieten_libraries
     from tropism.evaluation.run_folder import RunData, evaluation_in
     from tropism.evaluation.summary import summarise
@@ -124,6 +124,8 @@ def run(arguments: Sequence[str]) -> None:
     summary = summarise(RunData(folder=Path(options.source), evaluations=evaluations))
     show_summary(console(), summary, before=names[0], after=names[-1])
     show_sampling(console(), dict(zip(names, (summary.before, summary.after), strict=False)))
+    if recipe.trainer.evaluation.gold is not None and (Path(options.source) / "evaluations").is_dir():
+        show_parting(console(), Path(options.source))
     if options.out is not None:
         write_tables(options.out, tables)
         console().print(f"written: {options.out}", soft_wrap=True)
@@ -193,17 +195,17 @@ def tables_of(recipe: Recipe, options: Options, *, per_prompt: int = 1) -> dict[
         per_prompt: completions of every prompt, those of one prompt together.
     """
     from tropism.generation import model_path, policy_with_slots
-    from tropism.metric_functions import MetricFunctions
+    from tropism.gold_reward import measurements_of
     from tropism.models.loading import ModelConfig, load_model
     from tropism.rewards import RewardHarness
 
     assert recipe.reward is not None
     harness = RewardHarness(recipe.reward, allow_code=options.allow_code)
-    metrics = MetricFunctions(recipe.metrics, allow_code=options.allow_code)
+    metrics = measurements_of(recipe.metrics, recipe.trainer.evaluation.gold, allow_code=options.allow_code)
     path = model_path(options.source)
     is_run = path != options.source
     fields = recipe.model if isinstance(recipe.model, ModelConfig) else ModelConfig(name=str(recipe.model))
-    trained = load_model(replace(fields, name=path, revision=None) if is_run else fields)
+    trained = load_model(fields.of_export(path) if is_run else fields)
     base = base_model(recipe) if is_run else None
     policy, conditioner = policy_with_slots(trained)
     taken = 0 if conditioner is None else conditioner.width
@@ -254,7 +256,7 @@ def _score(
     recipe: Recipe,
     prompts: Sequence[Prompt],
     harness: RewardHarness,
-    metrics: MetricFunctions,
+    metrics: Measurements | None,
 ) -> Table:
     from tropism.generation import policy_with_slots
     from tropism.rollouts.engine import EmbeddedSampler
@@ -292,7 +294,7 @@ def reward_evaluation(
     prompts: Sequence[Prompt],
     harness: RewardHarness,
     condition: Callable[[Sequence[Prompt]], Sequence[Prompt]] | None = None,
-    metrics: MetricFunctions | None = None,
+    metrics: Measurements | None = None,
 ) -> RewardEvaluation:
     """What samples completions of the prompts as the recipe says, and scores them.
 

@@ -53,6 +53,30 @@ def take_apart(arguments: Sequence[str], flags: Mapping[str, str]) -> Words:
     return Words(flags=frozenset(found), sources=tuple(sources), overrides=tuple(overrides))
 
 
+def own_options(overrides: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """A command's own options with a value, by name, and what is left: fields of the recipe.
+
+    Args:
+        overrides: of ``Words``.
+        names: of the command's own options, without hyphens in front.
+    """
+    own: dict[str, str] = {}
+    rest: list[str] = []
+    words = iter(overrides)
+    for word in words:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not equals:
+            following = next(words, None)
+            if following is None or (key in names and following.startswith("--")):
+                raise ConfigError(f"--{key}: needs a value")
+            value = following
+        if key in names:
+            own[key] = value
+        else:
+            rest += [word] if equals else [word, value]
+    return own, rest
+
+
 def _field_key(option: str) -> str:
     """``--total-steps`` means ``--total_steps``; names of reward terms and metrics may hold a hyphen, and stay."""
     if option.startswith(("--reward", "--metrics")):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from tropism.commands.asked_targets import parsed_targets
-from tropism.commands.console import console, tell
+from tropism.commands.console import console
 from tropism.commands.sampling_options import SamplingOptions
+from tropism.commands.scoring_progress import scoring_progress
 from tropism.data.config import DataConfig
 from tropism.errors import ConfigError
 from tropism.schema import apply_overrides, build, read_yaml
@@ -108,7 +107,7 @@ def run(arguments: Sequence[str]) -> None:
     sampling = build(Sampling, {name: getattr(options, name) for name in SAMPLING})
     quieten_libraries()
     policy = None if options.model is None else TextPolicy.load(options.model, device=options.device)
-    with _progress() as show:
+    with scoring_progress("scoring", "records") as show:
         result = score(
             data,
             reward,
@@ -167,32 +166,6 @@ def _refuse_without_model(options: Options) -> None:
         if getattr(options, name) != defaults[name]:
             option = name.replace("_", "-")
             raise ConfigError(f"--{option} is for sampling completions; name what to sample from: --model MODEL")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, nothing elsewhere; an interrupt says how to go on."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    out = console(stderr=True)
-    live = out.is_terminal and "CI" not in os.environ
-    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
-    progress = Progress(*columns, console=out, disable=not live)
-    task = progress.add_task("scoring", total=None)
-    reached: tuple[int, int] | None = None
-
-    def show(done: int, total: int) -> None:
-        nonlocal reached
-        reached = (done, total)
-        progress.update(task, completed=done, total=total)
-
-    try:
-        with progress:
-            yield show
-    except KeyboardInterrupt:
-        if reached is not None:
-            tell(f"{reached[0]} of {reached[1]} records are scored and kept; the same command goes on there")
-        raise
 
 
 def _show_end(result: ScoreResult) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tropism.commands.console import console, printable, tell
-from tropism.commands.recipe_arguments import take_apart, with_overrides
+from tropism.commands.recipe_arguments import own_options, take_apart, with_overrides
 from tropism.errors import ConfigError
 from tropism.safe_yaml import read_yaml
 
@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> None:
     if "help" in words.flags or not arguments:
         console().print(USAGE)
         return
-    own, overrides = _own_options(words.overrides)
+    own, overrides = own_options(words.overrides, OWN)
     if len(words.sources) != 2:
         raise ConfigError(
             f"expected a recipe and a sweep's file, got {len(words.sources)} "
@@ -86,25 +86,6 @@ def _sweep(config: SweepConfig, base: dict[str, Any], folder: Path, options: tup
             soft_wrap=True,
         )
     _show(rows, config, folder)
-
-
-def _own_options(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """--trials and --out, and what is left: fields of the recipe."""
-    own: dict[str, str] = {}
-    rest: list[str] = []
-    words = iter(overrides)
-    for word in words:
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not equals:
-            following = next(words, None)
-            if following is None or (key in OWN and following.startswith("--")):
-                raise ConfigError(f"--{key}: needs a value")
-            value = following
-        if key in OWN:
-            own[key] = value
-        else:
-            rest += [word] if equals else [word, value]
-    return own, rest
 
 
 def _config(file: Path, trials: str | None) -> SweepConfig:

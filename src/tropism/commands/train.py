@@ -238,8 +238,12 @@ def _show_end(recipe: Recipe) -> None:
     if not PartialState().is_main_process:
         return
     folder = Path(str(recipe.run))
+    from tropism.commands.comparison import show_parting
+
     out = console()
     out.print(f"model:  {folder / 'model'}\nreport: {folder / 'report.html'}", soft_wrap=True)
+    if recipe.trainer.evaluation.gold is not None:
+        show_parting(out, folder)
     next_command = f'generate {folder} "..."'
     if recipe.algorithm.reads == "comparisons":
         next_command = f"evaluate {folder}" if _holds_out(recipe) else f"evaluate {folder} --data FILE"

@@ -16,6 +16,7 @@ from tropism.evaluation.comparison_verdict import best_rule, verdict
 from tropism.evaluation.result_files import (
     BLUE,
     GREY,
+    as_names,
     csv_table,
     dress,
     new_figure,
@@ -131,6 +132,6 @@ def _calibration_picture(name: str, curves: dict[str, Calibration]) -> Figure:
         dress(lower, title="", x="predicted probability", y="predictions")
         lower.set_xlim(low - 0.01, 1.01)
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    as_names(figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9))
     figure.suptitle(f"Calibration of {name}", fontsize=12, x=0.01, ha="left", parse_math=False)
     return figure

@@ -11,7 +11,7 @@ def interval_text(interval: Interval | None) -> str:
     """``0.67 [0.61, 0.72]``; the mean alone where the interval is unknown or a point, empty for None."""
     if interval is None:
         return ""
-    form = f".{_decimals(interval)}f"
+    form = f"z.{_decimals(interval)}f"  # z: no minus before zero
     if not interval.known or interval.low == interval.high:
         return f"{interval.mean:{form}}"
     return f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
@@ -21,7 +21,7 @@ def change_text(interval: Interval | None) -> str:
     """``+0.56 [+0.48, +0.63]``; the mean alone where the interval is unknown, empty for None."""
     if interval is None:
         return ""
-    form = f"+.{_decimals(interval)}f"
+    form = f"+z.{_decimals(interval)}f"
     if not interval.known:
         return f"{interval.mean:{form}}"
     return f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
@@ -35,5 +35,5 @@ def _decimals(interval: Interval) -> int:
 
 
 def number_text(value: float, form: str) -> str:
-    """The number in a format; empty where it is not finite."""
-    return f"{value:{form}}" if math.isfinite(value) else ""
+    """The number in a format without sign, such as ``.1f``, no minus before zero; empty where it is not finite."""
+    return f"{value:z{form}}" if math.isfinite(value) else ""

@@ -1,4 +1,4 @@
-"""Pictures of a run: inline SVG for the report, coloured by the page's style sheet, and one PNG for other pages.
+"""Charts as SVG elements that a page's style sheet colours.
 
 The SVG carries class names and no colours, so that it follows the page into the dark.
 """
@@ -6,33 +6,23 @@ The SVG carries class names and no colours, so that it follows the page into the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tropism.errors import DataError
-from tropism.evaluation.run_folder import Evaluation, RunData
-from tropism.evaluation.statistics import bootstrap_interval
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from tropism.evaluation.chart_colours import SHAPES, colour_classes, marker
+from tropism.evaluation.statistics import Interval
 
 Floats = NDArray[np.float64]
 
-Column = Literal["rewards", "lengths", "sequence_kl"]
-"""A column of numbers in an evaluation."""
-
-WIDTH, HEIGHT = 420, 230
-LEFT, RIGHT, TOP, BOTTOM = 50, 14, 12, 38
-MOST_POINTS = 300
-"""A curve with more points is drawn as the means of this many bins."""
-SMOOTHED_FROM = 30
-"""A training curve with at least this many points is drawn with a moving average."""
+WIDTH, HEIGHT = 420, 236
+LEFT, RIGHT, TOP, BOTTOM = 50, 14, 12, 44
+LONGEST_NAME = 18
+"""Letters of a name beside a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,19 +33,34 @@ class Series:
     """[K]"""
     y: Floats
     """[K]"""
-    kind: Literal["raw", "train", "eval", "rule"]
-    """``raw``: a faint line; ``train``: a line; ``eval``: joined points with whiskers; ``rule``: a dashed line to
-    compare with. The style sheet's class too."""
+    kind: Literal["raw", "train", "eval", "points", "rule"]
+    """``raw``: a faint line; ``train``: a line; ``eval``: joined points with whiskers; ``points``: the same without
+    the line; ``rule``: a dashed line to compare with. The style sheet's class too."""
     low: Floats | None = None
     """[K] lower end of each whisker, NaN where unknown."""
     high: Floats | None = None
     """[K] upper end of each whisker, NaN where unknown."""
+    x_low: Floats | None = None
+    """[K] left end of each whisker along the axis, NaN where unknown."""
+    x_high: Floats | None = None
+    """[K] right end of each whisker along the axis, NaN where unknown."""
     notes: Sequence[str] = ()
     """[K] what a point says when it is pointed at."""
+    label: str = ""
+    """What the legend calls it."""
+    colour: int | None = None
+    """0 to 15: a colour and marker of its own, as ``chart_colours`` numbers them; None: those of its kind."""
+
+    @property
+    def classes(self) -> str:
+        """The style sheet's classes of its line and points."""
+        return self.kind if self.colour is None else f"{self.kind} {colour_classes(self.colour)}"
 
 
-Panel = tuple[str, list[Series], Series | None]
-"""Title, curve of training, and points of evaluation, of which one may be missing."""
+def legend(series: Sequence[Series]) -> list[tuple[str, str]]:
+    """Key and text of each series that has a label, as ``pages.chart_block`` takes them."""
+    keys = [one.kind if one.colour is None else f"c{one.colour}" for one in series]
+    return [(key, one.label) for key, one in zip(keys, series, strict=True) if one.label]
 
 
 @dataclass(frozen=True)
@@ -72,44 +77,6 @@ class _Frame:
     def y(self, value: float) -> float:
         low, high = self.y_range
         return round(HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM), 2)
-
-
-def evaluation_means(run: RunData, column: Column) -> Series | None:
-    """Mean and interval of a column at every evaluation in which it was measured, or None if it never was."""
-    return _means(run, lambda evaluation: getattr(evaluation, column))
-
-
-def term_means(run: RunData, name: str) -> Series | None:
-    """The same of a term of the reward."""
-    return _means(run, lambda evaluation: evaluation.terms.get(name, np.empty(0)))
-
-
-def _means(run: RunData, values_of: Callable[[Evaluation], Floats]) -> Series | None:
-    steps, intervals = [], []
-    for evaluation in run.evaluations:
-        values = values_of(evaluation)
-        values = values[np.isfinite(values)]
-        if len(values):
-            steps.append(float(evaluation.step))
-            intervals.append(bootstrap_interval(values, resamples=2000))
-    if not steps:
-        return None
-    return Series(
-        x=np.array(steps),
-        y=np.array([interval.mean for interval in intervals]),
-        low=np.array([interval.low for interval in intervals]),
-        high=np.array([interval.high for interval in intervals]),
-        kind="eval",
-        notes=[f"step {step:g}: {interval.mean:.4g}" for step, interval in zip(steps, intervals, strict=True)],
-    )
-
-
-def training_curve(steps: Floats, values: Floats) -> list[Series]:
-    """A metric over training: the line itself, or faint with its moving average where it has many points."""
-    x, y = _thinned(steps, values)
-    if len(y) < SMOOTHED_FROM:
-        return [Series(x=x, y=y, kind="train")] if len(y) else []
-    return [Series(x=x, y=y, kind="raw"), Series(x=x, y=_moving_average(y, max(3, len(y) // 15)), kind="train")]
 
 
 def line_chart(
@@ -130,10 +97,7 @@ def line_chart(
     Raises:
         ValueError: there is no point to draw.
     """
-    xs = np.concatenate([one.x for one in series]) if series else np.array([])
-    ys = [np.concatenate([one.y, *(bound for bound in (one.low, one.high) if bound is not None)]) for one in series]
-    values = np.concatenate(ys) if ys else np.array([])
-    values = values[np.isfinite(values)]
+    xs, values = (_finite(series, names) for names in (("x", "x_low", "x_high"), ("y", "low", "high")))
     if not len(xs) or not len(values):
         raise ValueError(f"the chart {title!r} has no point to draw")
     marks = [value for value in (limit, 0.0 if zero else None) if value is not None]
@@ -145,6 +109,14 @@ def line_chart(
     for one in series:
         _draw_series(svg, frame, one)
     return ElementTree.tostring(svg, encoding="unicode")
+
+
+def _finite(series: Sequence[Series], names: tuple[str, str, str]) -> Floats:
+    """Every finite number of these fields."""
+    fields = [getattr(one, name) for one in series for name in names]
+    values = np.concatenate([field for field in fields if field is not None]) if fields else np.array([])
+    finite: Floats = values[np.isfinite(values)]
+    return finite
 
 
 def histogram(before: Floats, after: Floats, *, title: str, x_label: str, bins: int = 20) -> str:
@@ -163,10 +135,9 @@ def histogram(before: Floats, after: Floats, *, title: str, x_label: str, bins: 
     first, second = before[np.isfinite(before)], after[np.isfinite(after)]
     if not len(first) or not len(second):
         raise ValueError(f"the chart {title!r} has no values on one side")
-    x_range = _padded(np.concatenate([first, second]), 0.0)
-    edges = np.linspace(*x_range, bins + 1)
+    edges = histogram_edges(np.concatenate([first, second]), bins)
     shares = [np.histogram(values, edges)[0] / len(values) for values in (first, second)]
-    frame = _Frame(x_range, (0.0, float(max(share.max() for share in shares)) * 1.05))
+    frame = _Frame((float(edges[0]), float(edges[-1])), (0.0, float(max(share.max() for share in shares)) * 1.05))
     svg = _canvas(title)
     _draw_axes(svg, frame, x_label, percent=True)
     for name, share in zip(("before", "after"), shares, strict=True):
@@ -176,6 +147,58 @@ def histogram(before: Floats, after: Floats, *, title: str, x_label: str, bins: 
                 width, tall = frame.x(high) - x - 0.5, frame.y(0.0) - y
                 _add(svg, "rect", class_=f"bar {name}", x=x, y=y, width=width, height=tall)
     return ElementTree.tostring(svg, encoding="unicode")
+
+
+def histogram_edges(values: Floats, bins: int) -> Floats:
+    """[bins + 1] ends of bins of equal width over finite values."""
+    return np.linspace(*_padded(values, 0.0), bins + 1)
+
+
+def interval_chart(
+    rows: Sequence[tuple[str, Interval, int | None]], *, title: str, x_label: str, rule: float | None = None
+) -> str:
+    """Means with their intervals below each other, as an SVG element.
+
+    Args:
+        rows: name, mean and interval, and number of the colour (or None) of each, from the top.
+        title: what the chart shows, for those who cannot see it.
+        x_label: what the values are.
+        rule: a value to compare with, such as that of the base model; a dashed line.
+
+    Raises:
+        ValueError: no row has a finite mean.
+    """
+    shown = [row for row in rows if math.isfinite(row[1].mean)]
+    if not shown:
+        raise ValueError(f"the chart {title!r} has no value to draw")
+    ends = np.array([value for _, one, _ in shown for value in (one.mean, one.low, one.high)])
+    ends = ends if rule is None else np.append(ends, rule)
+    low, high = _padded(ends[np.isfinite(ends)], 0.04)
+    left, bottom = 130, TOP + 26 * len(shown)
+
+    def place(value: float) -> float:
+        return round(left + (value - low) / (high - low) * (WIDTH - left - RIGHT), 2)
+
+    svg = _canvas(title, height=bottom + BOTTOM)
+    for tick in _ticks(low, high, 5):
+        _add(svg, "line", class_="grid", x1=place(tick), x2=place(tick), y1=TOP, y2=bottom)
+        _add(svg, "text", class_="tick", x=place(tick), y=bottom + 18, text_anchor="middle", text=_tick_text(tick))
+    _add(svg, "text", class_="tick", x=(left + WIDTH - RIGHT) / 2, y=bottom + 38, text_anchor="middle", text=x_label)
+    if rule is not None and math.isfinite(rule):
+        _add(svg, "line", class_="curve rule", x1=place(rule), x2=place(rule), y1=TOP, y2=bottom)
+    for number, (name, one, colour) in enumerate(shown):
+        y, classes = TOP + 26 * number + 13, "eval" if colour is None else colour_classes(colour)
+        _add(svg, "text", class_="tick", x=left - 8, y=y + 4, text_anchor="end", text=_short(name))
+        if math.isfinite(one.low) and math.isfinite(one.high):
+            _add(svg, "line", class_=f"whisker {classes}", x1=place(one.low), x2=place(one.high), y1=y, y2=y)
+        where, shape = f"translate({place(one.mean):g} {y})", SHAPES[marker(colour or 0)]
+        dot = _add(svg, "path", class_=f"dot {classes}", transform=where, d=shape)
+        _add(dot, "title", text=f"{name}: {one.mean:.4g}")
+    return ElementTree.tostring(svg, encoding="unicode")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def meter(value: float, *, limit: float, level: str, title: str) -> str:
@@ -201,84 +224,6 @@ def meter(value: float, *, limit: float, level: str, title: str) -> str:
     return ElementTree.tostring(svg, encoding="unicode")
 
 
-def reward_kl_picture(folder: str | Path, path: str | Path) -> Path:
-    """Draw reward and sequence KL over training, side by side, as a PNG.
-
-    Args:
-        folder: a run folder.
-        path: the picture to write (over what is there); its folder must exist.
-
-    Returns:
-        ``path``.
-
-    Raises:
-        DataError: it is no run folder, or it holds neither metrics nor evaluations to draw.
-    """
-    run = RunData.read(folder)
-    panels: list[Panel] = [
-        ("Reward", training_curve(*run.series("reward/mean")), evaluation_means(run, "rewards")),
-        (
-            "Sequence KL to the reference (nats)",
-            training_curve(*run.series("policy/sequence_kl")),
-            evaluation_means(run, "sequence_kl"),
-        ),
-    ]
-    if not any(lines or points for _, lines, points in panels):
-        raise DataError(f"{str(folder)!r} holds no reward or KL yet; draw it after the first evaluation")
-    return panels_picture(panels, path)
-
-
-def panels_picture(panels: Sequence[Panel], path: str | Path) -> Path:
-    """Draw at least one panel, side by side, as a PNG over what is there; its folder must exist."""
-    import matplotlib.figure  # here, so that importing the package stays fast
-
-    figure = matplotlib.figure.Figure(figsize=(4.5 * len(panels), 3.3), dpi=160, layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (title, lines, points) in zip(axes, panels, strict=True):
-        _draw_panel(axis, lines, points)
-        axis.set_title(title, fontsize=11, loc="left")
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(frameon=False, fontsize=9)
-    figure.savefig(Path(path), format="png", facecolor="white")
-    return Path(path)
-
-
-def _draw_panel(axis: Axes, lines: Sequence[Series], points: Series | None) -> None:
-    for line in lines:
-        if line.kind == "raw":
-            axis.plot(line.x, line.y, color="#3b7dd8", alpha=0.3, lw=1)
-        else:
-            axis.plot(line.x, line.y, color="#3b7dd8", lw=2, label="training rollouts")
-    if points is None:
-        return
-    if points.low is None or points.high is None:
-        axis.plot(points.x, points.y, color="#d9622b", marker="o", ms=4, lw=1.2, label="held-out data")
-    else:
-        spread = np.nan_to_num(np.stack([points.y - points.low, points.high - points.y])).clip(min=0)
-        style: dict[str, Any] = {"color": "#d9622b", "marker": "o", "ms": 4, "lw": 1.2, "capsize": 3}
-        axis.errorbar(points.x, points.y, yerr=spread, label="held-out prompts, 95 %", **style)
-
-
-def _thinned(x: Floats, y: Floats) -> tuple[Floats, Floats]:
-    if len(x) <= MOST_POINTS:
-        return x, y
-    parts = zip(np.array_split(x, MOST_POINTS), np.array_split(y, MOST_POINTS), strict=True)
-    means = np.array([[part_x.mean(), part_y.mean()] for part_x, part_y in parts])
-    return means[:, 0], means[:, 1]
-
-
-def _moving_average(values: Floats, window: int) -> Floats:
-    """Centred moving average; the window shrinks at both ends."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    start, stop = np.maximum(0, index - window // 2), np.minimum(len(values), index + window // 2 + 1)
-    averages: Floats = (sums[stop] - sums[start]) / (stop - start)
-    return averages
-
-
 def _padded(values: Floats, share: float) -> tuple[float, float]:
     """The range of the values with some room, never empty."""
     low, high = float(values.min()), float(values.max())
@@ -302,8 +247,8 @@ def _tick_text(value: float) -> str:
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:.6g}"
 
 
-def _canvas(title: str) -> ElementTree.Element:
-    svg = ElementTree.Element("svg", {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "role": "img", "class": "chart"})
+def _canvas(title: str, height: int = HEIGHT) -> ElementTree.Element:
+    svg = ElementTree.Element("svg", {"viewBox": f"0 0 {WIDTH} {height}", "role": "img", "class": "chart"})
     _add(svg, "title", text=title)
     return svg
 
@@ -325,7 +270,7 @@ def _draw_axes(svg: ElementTree.Element, frame: _Frame, x_label: str, *, percent
         _add(svg, "text", class_="tick", x=LEFT - 6, y=frame.y(value) + 4, text_anchor="end", text=label)
     for value in _ticks(*frame.x_range, 6):
         _add(svg, "line", class_="axis", x1=frame.x(value), x2=frame.x(value), y1=bottom, y2=bottom + 4)
-        _add(svg, "text", class_="tick", x=frame.x(value), y=bottom + 17, text_anchor="middle", text=_tick_text(value))
+        _add(svg, "text", class_="tick", x=frame.x(value), y=bottom + 20, text_anchor="middle", text=_tick_text(value))
     _add(svg, "line", class_="axis", x1=LEFT, x2=WIDTH - RIGHT, y1=bottom, y2=bottom)
     _add(svg, "text", class_="tick", x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 5, text_anchor="middle", text=x_label)
 
@@ -337,15 +282,33 @@ def _draw_limit(svg: ElementTree.Element, frame: _Frame, limit: float) -> None:
 
 
 def _draw_series(svg: ElementTree.Element, frame: _Frame, one: Series) -> None:
-    points = [(frame.x(x), frame.y(y)) for x, y in zip(one.x, one.y, strict=True) if math.isfinite(y)]
-    _add(svg, "polyline", class_=f"curve {one.kind}", points=" ".join(f"{x:g},{y:g}" for x, y in points))
-    if one.kind != "eval" and len(points) > 1:
+    known = [index for index in range(len(one.y)) if math.isfinite(one.x[index]) and math.isfinite(one.y[index])]
+    points = [(frame.x(one.x[index]), frame.y(one.y[index])) for index in known]
+    if one.kind != "points":
+        joined = " ".join(f"{x:g},{y:g}" for x, y in points)
+        _add(svg, "polyline", class_=f"curve {one.classes}", points=joined)
+    if one.kind not in ("eval", "points") and len(points) > 1:
         return
-    if one.low is not None and one.high is not None:
-        for x, low, high in zip(one.x, one.low, one.high, strict=True):
-            if math.isfinite(low) and math.isfinite(high):
-                _add(svg, "line", class_="whisker", x1=frame.x(x), x2=frame.x(x), y1=frame.y(low), y2=frame.y(high))
-    for index, (x, y) in enumerate(points):
-        dot = _add(svg, "circle", class_=f"dot {one.kind}", cx=x, cy=y, r=3.5)
-        if one.notes:
-            _add(dot, "title", text=one.notes[index])
+    for index, (x, y) in zip(known, points, strict=True):
+        _draw_whiskers(svg, frame, one, index, (x, y))
+        if one.colour is None:
+            dot = _add(svg, "circle", class_=f"dot {one.classes}", cx=x, cy=y, r=3.5)
+        else:
+            shape, place = SHAPES[marker(one.colour)], f"translate({x:g} {y:g})"
+            dot = _add(svg, "path", class_=f"dot {one.classes}", transform=place, d=shape)
+        note = one.notes[index] if one.notes else one.label
+        if note:
+            _add(dot, "title", text=note)
+
+
+def _draw_whiskers(
+    svg: ElementTree.Element, frame: _Frame, one: Series, index: int, middle: tuple[float, float]
+) -> None:
+    (x, y), classes = middle, "whisker" if one.colour is None else f"whisker {colour_classes(one.colour)}"
+    for low, high, upright in ((one.low, one.high, True), (one.x_low, one.x_high, False)):
+        if low is None or high is None or not math.isfinite(low[index]) or not math.isfinite(high[index]):
+            continue
+        if upright:
+            _add(svg, "line", class_=classes, x1=x, x2=x, y1=frame.y(low[index]), y2=frame.y(high[index]))
+        else:
+            _add(svg, "line", class_=classes, x1=frame.x(low[index]), x2=frame.x(high[index]), y1=y, y2=y)

@@ -1,35 +1,37 @@
-"""``report.html``: one file without network access that shows what a run bought, and at what price.
-
-The page loads nothing, and its content security policy allows only the style sheet and script that are written here, so
-that a completion holding markup can neither run nor fetch anything even if an escape were missed.
-"""
+"""``report.html``: one file without network access that shows what a run bought, and at what price."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from markupsafe import Markup
 
+from tropism.errors import DataError
+from tropism.evaluation.attribution_section import attribution_section
+from tropism.evaluation.charts import Chart, blocks, pictures
 from tropism.evaluation.number_texts import change_text, interval_text
-from tropism.evaluation.plots import (
-    Column,
-    Series,
-    evaluation_means,
-    histogram,
-    line_chart,
-    meter,
-    reward_kl_picture,
-    term_means,
-    training_curve,
+from tropism.evaluation.over_optimisation_section import over_optimisation_section
+from tropism.evaluation.page_blocks import (
+    PageCard,
+    PageSample,
+    cards_block,
+    chips_block,
+    code_block,
+    details_block,
+    list_block,
+    samples_block,
+    table_block,
+    text_block,
 )
-from tropism.evaluation.reward_model_report import reward_model_section
+from tropism.evaluation.pages import PageSection, write_page
+from tropism.evaluation.pictures import reward_kl_picture
+from tropism.evaluation.plots import meter
+from tropism.evaluation.reward_model_report import reward_model_part
+from tropism.evaluation.run_charts import distribution_charts, main_charts, other_charts
 from tropism.evaluation.run_folder import RunData, is_finite
 from tropism.evaluation.sampling_table import sampling_table
 from tropism.evaluation.summary import (
@@ -37,36 +39,29 @@ from tropism.evaluation.summary import (
     KL_LIMIT,
     SamplePair,
     Summary,
-    compared,
     sample_pairs,
     summarise,
     summary_rows,
 )
-from tropism.storage import writing
 
 __all__ = ["Summary", "reward_kl_picture", "sample_pairs", "summarise", "summary_rows", "write_report"]
 
-TEMPLATES = Path(__file__).parent / "templates"
+EXTRA_SECTIONS: dict[str, Callable[[RunData], list[PageSection]]] = {
+    "Is the reward being gamed?": over_optimisation_section,
+    "What drove it": attribution_section,
+}
+"""Sections about what else lies in the run folder; each function returns none where there is nothing. The title stands
+over the sentence that takes the place of a section that cannot be made."""
 MOST_PAIRS = 100
 """Pairs in the searchable list."""
 MOST_CHARACTERS = 4000
 """Of one prompt or completion; what is longer is cut, and says so."""
 MOST_MESSAGES = 200
 """Of the warnings; the first ones are shown."""
-MOST_CURVES = 200
-"""Of the metrics that have no curve of their own above."""
+DEEPEST = 3
+"""Levels of a value in the environment that are put into words; what is below is shown as it was written."""
 MOST_OF_RECIPE = 100_000
 """Characters of the recipe."""
-MAIN_CURVES: tuple[tuple[str, str, Column | None, str | None], ...] = (
-    ("Reward", "reward/mean", "rewards", "eval/reward"),
-    ("Sequence KL to the reference (nats)", "policy/sequence_kl", "sequence_kl", "eval/sequence_kl"),
-    ("Entropy (nats per token)", "policy/entropy", None, None),
-    ("Completion length (tokens)", "rollout/length_mean", "lengths", "eval/length_mean"),
-    ("Throughput (tokens per second)", "throughput/tokens_per_second", None, None),
-)
-"""Title, training metric, column of the evaluations, evaluation metric that the column already shows."""
-MOST_TERMS = 6
-"""Of more terms of the reward the curves stand with the other metrics."""
 KL_WORDS = {
     "unknown": "not measured",
     "low": "close to the reference",
@@ -76,7 +71,7 @@ KL_WORDS = {
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write ``report.html`` into a run folder: one self-contained file that needs no network.
+    """Write ``report.html`` into a run folder, one self-contained file that needs no network, and ``plots/*.png``.
 
     Args:
         folder: a run folder, finished or in progress.
@@ -89,66 +84,17 @@ def write_report(folder: str | Path) -> Path:
         StorageError: the report cannot be written.
     """
     run = RunData.read(folder)
-    path = run.folder / "report.html"
-    unfinished = run.folder / f".report-{os.getpid()}.html"
-    page = _render(run).encode("utf-8", errors="replace")
-    with writing(path, needed=len(page)):
-        try:
-            unfinished.write_bytes(page)
-            unfinished.replace(path)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-    return path
-
-
-def _render(run: RunData) -> str:
-    import jinja2  # here, so that importing the package stays fast
-
-    style, script = (_asset(name) for name in ("report.css", "report.js.j2"))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    summary = summarise(run) if run.evaluations else None
-    judged = reward_model_section(run)
-    shown_warnings = run.warnings[:MOST_MESSAGES]
-    pairs = [_pair_view(pair) for pair in sample_pairs(run, count=MOST_PAIRS)] if summary else []
-    return environment.get_template("report.html.j2").render(
-        name=run.folder.resolve().name,
-        counters=_counters(run),
-        summary=summary,
-        judged=judged.view if judged else None,
-        verdict=_verdict(summary) if summary else None,
-        cautions=summary.cautions if summary else [] if judged else run.skipped,
-        rows=summary_rows(summary) if summary else [],
-        ways=_ways(summary) if summary else None,
-        featured=_featured(run) if summary else [],
-        pairs=pairs,
-        curves=_main_curves(run),
-        more_curves=_more_curves(run, judged.metrics if judged else frozenset()),
-        distribution=_distribution(run),
-        warnings=[{name: _plain(line.get(name, "")) for name in ("step", "message")} for line in shown_warnings],
-        more_warnings=max(0, len(run.warnings) - MOST_MESSAGES),
-        environment={_cut(name): _plain(value) for name, value in list(run.environment.items())[:MOST_MESSAGES]},
-        recipe=_cut(run.recipe, MOST_OF_RECIPE),
-        style=style,
-        script=script,
-        style_hash=_hash(style),
-        script_hash=_hash(script),
-    )
-
-
-def _asset(name: str) -> str:
-    return (TEMPLATES / name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    """The source expression by which a content security policy allows one inline element."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _plain(value: Any) -> str:
-    return _cut(value if isinstance(value, str) else json.dumps(value))
+    judged = reward_model_part(run)
+    if judged:
+        lead, parts, shown = judged.lead, judged.sections, judged.metrics
+    else:
+        summary = summarise(run) if run.evaluations else None
+        lead, parts, shown = _lead(run, summary), _sections(run, summary), frozenset()
+    sections = [*parts, *_other_sections(run, shown)]
+    # The long list of samples comes last.
+    sections.sort(key=lambda section: section.anchor == "pairs")
+    title = run.folder.resolve().name
+    return write_page(run.folder / "report.html", title=title, sections=sections, lead=lead, counters=_counters(run))
 
 
 def _counters(run: RunData) -> list[tuple[str, str]]:
@@ -163,7 +109,17 @@ def _counters(run: RunData) -> list[tuple[str, str]]:
     return counters
 
 
-def _verdict(summary: Summary) -> dict[str, Any]:
+# What the run bought --------------------------------------------------------------------------------------------------
+
+
+def _lead(run: RunData, summary: Summary | None) -> Markup:
+    if summary is None:
+        cautions = list_block(run.skipped, kind="cautions")
+        return text_block("There is no evaluation on held-out prompts yet.") + cautions
+    return cards_block(_cards(summary)) + list_block(summary.cautions, kind="cautions")
+
+
+def _cards(summary: Summary) -> list[PageCard]:
     """The cards on top: reward and KL side by side."""
     before, after = summary.before, summary.after
     kl = after.sequence_kl if after else None
@@ -172,56 +128,78 @@ def _verdict(summary: Summary) -> dict[str, Any]:
         if kl
         else ""
     )
-    return {
-        "prompts": before.prompts,
-        "before": f"{before.reward.mean:.2f}" if before.reward else "unscored",
-        "after": f"{after.reward.mean:.2f}" if after and after.reward else ("unscored" if after else "not yet"),
-        "change": change_text(summary.change),
-        "steps": f"step {before.step} to {after.step}" if after else f"step {before.step}",
-        "kl": f"{kl.mean:.1f}" if kl else "not measured",
-        "kl_interval": interval_text(kl),
-        "level": summary.kl_level,
-        "kl_words": KL_WORDS[summary.kl_level],
-        "meter": drawn,
-        "distinct": [_percent(before.distinct_2), _percent(after.distinct_2) if after else "not yet"],
-        "far": KL_FAR,
-    }
-
-
-def _ways(summary: Summary) -> dict[str, Any] | None:
-    """The table with a column per way to sample, of the newest evaluation that is shown; None where there is one."""
-    shown = summary.after or summary.before
-    if not shown.settings:
-        return None
-    labels, rows = sampling_table(shown)
-    return {"step": shown.step, "labels": labels, "rows": rows}
+    change = change_text(summary.change)
+    steps = f"step {before.step} to {after.step}" if after else f"step {before.step}"
+    return [
+        PageCard(
+            title="Held-out reward",
+            before=f"{before.reward.mean:z.2f}" if before.reward else "unscored",
+            value=f"{after.reward.mean:z.2f}" if after and after.reward else ("unscored" if after else "not yet"),
+            lines=[Markup('{} <span class="quiet">(95 %, paired)</span>').format(change)] if change else [],
+            notes=[f"{before.prompts} prompts, {steps}"],
+        ),
+        PageCard(
+            title="What it cost: sequence KL",
+            value=f"{kl.mean:z.1f}" if kl else "not measured",
+            unit="nats" if interval_text(kl) else "",
+            drawn=drawn,
+            lines=[KL_WORDS[summary.kl_level]],
+            level=summary.kl_level,
+        ),
+        PageCard(
+            title="Distinct word pairs",
+            before=_percent(before.distinct_2),
+            value=_percent(after.distinct_2) if after else "not yet",
+            notes=["share of different ones among all pairs of neighbouring words, over all completions"],
+        ),
+    ]
 
 
 def _percent(value: float) -> str:
     return f"{value:.0%}" if math.isfinite(value) else "none"
 
 
-def _featured(run: RunData) -> list[dict[str, Any]]:
+def _sections(run: RunData, summary: Summary | None) -> list[PageSection]:
+    """The sections of a run that samples, as far as it has come."""
+    charts: list[tuple[str, Sequence[Chart]]] = [
+        ("Over training", main_charts(run)),
+        ("Distributions", distribution_charts(run)),
+    ]
+    drawn = [_charts_section(title, some) for title, some in charts if some]
+    if summary is None:
+        return drawn
+    return [*_featured(run), *_risen(summary), *drawn, _table(summary), *_ways(summary), *_pairs(run, summary)]
+
+
+def _charts_section(title: str, charts: Sequence[Chart]) -> PageSection:
+    return PageSection(title=title, body=blocks(charts), pictures=pictures(charts))
+
+
+def _featured(run: RunData) -> list[PageSection]:
     """Three pairs that show the range: the largest gain, the median, the smallest."""
     pairs = sample_pairs(run, count=3)
+    if not pairs:
+        return []
     labels = ("Largest gain", "Median gain", "Smallest gain") if len(pairs) == 3 else ("",) * len(pairs)
-    return [{"label": label, **_pair_view(pair)} for label, pair in zip(labels, pairs, strict=True)]
+    samples = [_sample(pair, label) for label, pair in zip(labels, pairs, strict=True)]
+    body = samples_block(samples, identifier="featured", searchable=False)
+    return [PageSection(title="Samples: the same prompt before and after", body=body, anchor="samples")]
 
 
-def _pair_view(pair: SamplePair) -> dict[str, Any]:
-    def score(value: float) -> str:
-        return f"{value:.2f}" if math.isfinite(value) else "unscored"
+def _sample(pair: SamplePair, label: str = "") -> PageSample:
+    after = f"reward {_score(pair.reward_after)}"
+    if math.isfinite(pair.kl_after):
+        level = "low" if pair.kl_after <= KL_LIMIT else "high" if pair.kl_after <= KL_FAR else "extreme"
+        after = Markup('{}, <b class="{}">{:z.1f} nats</b>').format(after, level, pair.kl_after)
+    others = [(f"after, {name}", _cut(text), f"reward {_score(value)}") for name, (text, value) in pair.others.items()]
+    before = ("before", _cut(pair.before), f"reward {_score(pair.reward_before)}")
+    return PageSample(
+        prompt=_cut(pair.prompt), sides=[before, ("after", _cut(pair.after), after), *others], label=label
+    )
 
-    return {
-        "prompt": _cut(pair.prompt),
-        "before": _cut(pair.before),
-        "after": _cut(pair.after),
-        "reward_before": score(pair.reward_before),
-        "reward_after": score(pair.reward_after),
-        "kl_after": f"{pair.kl_after:.1f}" if math.isfinite(pair.kl_after) else "",
-        "others": [(label, _cut(text), score(reward)) for label, (text, reward) in pair.others.items()],
-        "level": "low" if not pair.kl_after > KL_LIMIT else "high" if pair.kl_after <= KL_FAR else "extreme",
-    }
+
+def _score(value: float) -> str:
+    return f"{value:z.2f}" if math.isfinite(value) else "unscored"
 
 
 def _cut(text: str, most: int = MOST_CHARACTERS) -> str:
@@ -232,74 +210,94 @@ def _cut(text: str, most: int = MOST_CHARACTERS) -> str:
     return f"{shown[:most]} ... (cut here: {len(shown)} characters)"
 
 
-def _main_curves(run: RunData) -> list[dict[str, Any]]:
-    curves = []
-    for title, metric, column, _ in MAIN_CURVES:
-        lines = training_curve(*run.series(metric))
-        points = evaluation_means(run, column) if column else None
-        series = [*lines, *([points] if points else [])]
-        if series:
-            is_kl = metric == "policy/sequence_kl"
-            svg = line_chart(series, title=title, limit=KL_LIMIT if is_kl else None, zero=is_kl)
-            curves.append({"title": title, "svg": svg, "train": bool(lines), "eval": bool(points), "limit": is_kl})
-    frontier = _frontier(run)
-    if frontier:
-        curves.insert(min(2, len(curves)), frontier)
-    return [*curves[:3], *_term_curves(run), *curves[3:]]
+def _risen(summary: Summary) -> list[PageSection]:
+    if not summary.risen:
+        return []
+    chips = [(one.word, f"{100 * one.before:.1f} → {100 * one.after:.1f} %") for one in summary.risen]
+    note = text_block("Share of all words in the held-out completions, before → after.", quiet=True)
+    return [PageSection(title="Words that became more frequent", body=chips_block(chips) + note, anchor="words")]
 
 
-def _terms(run: RunData) -> list[str]:
-    """Terms of the reward, where there are several: one that follows the reward no longer shows where it is misled."""
-    names = list(dict.fromkeys(name for evaluation in run.evaluations for name in evaluation.terms))
-    return names if 1 < len(names) <= MOST_TERMS else []
-
-
-def _term_curves(run: RunData) -> list[dict[str, Any]]:
-    curves = []
-    for name in _terms(run):
-        lines, points = training_curve(*run.series(f"reward/{name}")), term_means(run, name)
-        series = [*lines, *([points] if points else [])]
-        if series:
-            title = f"Reward term {name}"
-            svg = line_chart(series, title=title)
-            curves.append({"title": title, "svg": svg, "train": bool(lines), "eval": bool(points), "limit": False})
-    return curves
-
-
-def _frontier(run: RunData) -> dict[str, Any] | None:
-    """Reward against sequence KL, one point per evaluation: what each nat bought."""
-    rewards, kls = evaluation_means(run, "rewards"), evaluation_means(run, "sequence_kl")
-    if rewards is None or kls is None:
-        return None
-    steps, at_reward, at_kl = np.intersect1d(rewards.x, kls.x, return_indices=True)
-    if len(steps) < 2 or rewards.low is None or rewards.high is None:
-        return None
-    path = Series(
-        x=kls.y[at_kl],
-        y=rewards.y[at_reward],
-        low=rewards.low[at_reward],
-        high=rewards.high[at_reward],
-        kind="eval",
-        notes=[f"step {step:g}" for step in steps],
+def _table(summary: Summary) -> PageSection:
+    note = (
+        "Brackets are 95 % bootstrap intervals over the prompts. Sequence KL is the mean over completions of the "
+        "summed log-ratio to the reference."
     )
-    svg = line_chart([path], title="Held-out reward against sequence KL", x_label="sequence KL (nats)")
-    return {"title": "Held-out reward against KL", "svg": svg, "train": False, "eval": True, "limit": False}
+    header = ("quantity", "before", "after", "change (paired)")
+    return PageSection(title="Before and after", body=table_block(header, summary_rows(summary), note=note))
 
 
-def _more_curves(run: RunData, above: frozenset[str]) -> list[dict[str, str]]:
-    """Every other metric of the run but those that are shown above, small."""
-    above |= {f"{prefix}reward/{name}" for name in _terms(run) for prefix in ("", "eval/")}
-    shown = above | {name for curve in MAIN_CURVES for name in curve[1::2]} | {curve[3] for curve in MAIN_CURVES}
-    every: Sequence[str] = ("update", "collect", "evaluation")
-    names = [name for name in run.names(every) if name not in shown and not name.startswith("best/")]
-    return [
-        {"title": name, "svg": line_chart(training_curve(*run.series(name, every)), title=name)}
-        for name in names[:MOST_CURVES]
-    ]
+def _ways(summary: Summary) -> list[PageSection]:
+    """The table with a column per way to sample, of the newest evaluation that is shown, where there are several."""
+    shown = summary.after or summary.before
+    if not shown.settings:
+        return []
+    labels, rows = sampling_table(shown)
+    note = (
+        "The same prompts and random numbers, under changed sampling. Brackets are 95 % bootstrap intervals over the "
+        "prompts."
+    )
+    body = table_block(["quantity", *labels], [[label, *values] for label, values in rows], note=note)
+    return [PageSection(title=f"Other sampling, after step {shown.step}", body=body)]
 
 
-def _distribution(run: RunData) -> str:
-    ends = compared(run) if run.evaluations else None
-    if ends is None or not all(np.isfinite(one.rewards).any() for one in ends):
-        return ""
-    return histogram(ends[0].rewards, ends[1].rewards, title="Held-out reward before and after", x_label="reward")
+def _pairs(run: RunData, summary: Summary) -> list[PageSection]:
+    pairs, prompts = sample_pairs(run, count=MOST_PAIRS), summary.before.prompts
+    if not pairs:
+        return []
+    note = "From the largest gain in reward to the smallest."
+    if len(pairs) < prompts:
+        note = f"{len(pairs)} of the {prompts} prompts, evenly spaced from the largest gain in reward to the smallest."
+    body = samples_block([_sample(pair) for pair in pairs], identifier="list-of-pairs", note=note)
+    return [PageSection(title="Pairs, searchable", body=body, anchor="pairs")]
+
+
+# What every run has ---------------------------------------------------------------------------------------------------
+
+
+def _extra(title: str, run: RunData) -> list[PageSection]:
+    """The sections of one function; a sentence in their place where it cannot read what it is about."""
+    try:
+        return EXTRA_SECTIONS[title](run)
+    except DataError as error:
+        return [PageSection(title=title, body=list_block([f"This cannot be shown: {error}"], kind="cautions"))]
+
+
+def _other_sections(run: RunData, shown: frozenset[str]) -> list[PageSection]:
+    sections = [section for title in EXTRA_SECTIONS for section in _extra(title, run)]
+    more = other_charts(run, shown)
+    if more:
+        body = details_block(f"{len(more)} more curves", blocks(more, small=True))
+        sections.append(PageSection(title="Every other metric", body=body))
+    sections.append(PageSection(title="Warnings of the run", body=_warnings(run), anchor="warnings"))
+    if run.environment:
+        rows = [(_cut(name), _plain(value)) for name, value in list(run.environment.items())[:MOST_MESSAGES]]
+        sections.append(PageSection(title="Environment", body=table_block(("setting", "value"), rows)))
+    if run.recipe:
+        body = code_block(_cut(run.recipe, MOST_OF_RECIPE))
+        sections.append(PageSection(title="Recipe as resolved", body=body, anchor="recipe"))
+    return sections
+
+
+def _warnings(run: RunData) -> Markup:
+    if not run.warnings:
+        return text_block("None.", quiet=True)
+    shown, more = run.warnings[:MOST_MESSAGES], len(run.warnings) - MOST_MESSAGES
+    rows = [[_plain(line.get(name, "")) for name in ("step", "message")] for line in shown]
+    return table_block(("step", "message"), rows, note=f"and {more} more in warnings.jsonl" if more > 0 else "")
+
+
+def _plain(value: Any) -> str:
+    return _cut(_words(value))
+
+
+def _words(value: Any, depth: int = 0) -> str:
+    """A value of a JSON file for reading: ``torch 2.13.0, numpy 2.4.6`` for an object."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, dict | list) or depth == DEEPEST:
+        return json.dumps(value)
+    if isinstance(value, list):
+        return ", ".join(_words(one, depth + 1) for one in value)
+    parts = [(name, _words(one, depth + 1)) for name, one in value.items()]
+    return ", ".join(f"{name} ({text})" if isinstance(value[name], dict) else f"{name} {text}" for name, text in parts)

@@ -16,6 +16,7 @@ from tropism.storage import ensure_room, write_whole, writing
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 BLUE, ORANGE, GREY = "#3b7dd8", "#d9622b", "#9aa0a6"
 
@@ -77,6 +78,12 @@ def dress(axis: Axes, *, title: str, x: str, y: str) -> None:
     axis.grid(alpha=0.25)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def as_names(legend: Legend) -> None:
+    """Show what a legend names as it is written, dollar signs too, as ``dress`` does."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def rendered(figure: Figure, kind: str) -> bytes:

@@ -5,17 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
+from markupsafe import Markup
 
 from tropism.errors import DataError
+from tropism.evaluation.charts import LineChart, blocks, pictures
 from tropism.evaluation.comparison_files import calibration_curves
 from tropism.evaluation.comparison_numbers import Calibration, ComparisonNumbers, measure
 from tropism.evaluation.comparison_table import ScoredComparison
 from tropism.evaluation.comparison_verdict import best_rule, counts_text, number_rows, verdict
 from tropism.evaluation.number_texts import interval_text
-from tropism.evaluation.plots import Series, line_chart, training_curve
+from tropism.evaluation.page_blocks import (
+    PageCard,
+    PageSample,
+    cards_block,
+    list_block,
+    samples_block,
+    table_block,
+    text_block,
+)
+from tropism.evaluation.pages import PageSection
+from tropism.evaluation.plots import Series
+from tropism.evaluation.run_curves import HELD_OUT, training_curve
 from tropism.evaluation.run_folder import ComparisonStep, RunData, is_finite
 from tropism.evaluation.statistics import Interval
 
@@ -29,15 +42,18 @@ EVALUATION = ("evaluation",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Section:
-    """What the template shows, and the metrics that it shows already."""
+class RewardModelPart:
+    """What a report says about a reward model."""
 
-    view: dict[str, Any]
+    lead: Markup
+    """The cards on top."""
+    sections: list[PageSection]
     metrics: frozenset[str]
+    """The metrics that are shown."""
 
 
-def reward_model_section(run: RunData) -> Section | None:
-    """The section of a run that trained a reward model, or None of another run.
+def reward_model_part(run: RunData) -> RewardModelPart | None:
+    """The part of the report of a run that trained a reward model, or None of another run.
 
     Raises:
         DataError: an evaluation has no rows.
@@ -51,20 +67,20 @@ def reward_model_section(run: RunData) -> Section | None:
     numbers = [(one.step, measure(one.items, one.kind)) for one in run.comparisons]
     first, result = numbers[0][1], dict(numbers)[shown.step]
     after = result if shown is not run.comparisons[0] else None
-    return Section(
-        view={
-            "headline": _headline(first, after),
-            "steps": f"step {run.comparisons[0].step} to {shown.step}" if after else f"step {shown.step}",
-            "counts": counts_text(result),
-            "verdict": verdict(result),
-            "skipped": run.skipped,
-            "rule": _rule_card(result),
-            "calibration_error": _plain_number(result, "calibration_error"),
-            "curves": [*_curves(run, numbers), *_calibration_charts(result)],
-            "rows": _rows(first, after),
-            "examples": _examples(shown),
-            "facts": _facts(run),
-        },
+    steps = f"step {run.comparisons[0].step} to {shown.step}" if after else f"step {shown.step}"
+    charts = [*_curves(run, numbers), *_calibration_charts(result)]
+    facts = _facts(run)
+    sections = [
+        PageSection(title="What the numbers say", body=_verdict(run, result)),
+        PageSection(title="Learning and calibration", body=blocks(charts), pictures=pictures(charts)),
+        PageSection(title="Before and after", body=_table(first, after)),
+        PageSection(title="Held-out comparisons", body=_samples(shown)),
+    ]
+    if facts:
+        sections.append(PageSection(title="The reward model", body=table_block(("setting", "value"), facts)))
+    return RewardModelPart(
+        lead=cards_block(_cards(first, after, f"{counts_text(result)}, {steps}")),
+        sections=sections,
         metrics=frozenset({f"loss/{shown.kind}", "choice/accuracy", "eval/loss", "eval/accuracy"}),
     )
 
@@ -78,21 +94,55 @@ def _shown_step(run: RunData) -> ComparisonStep:
 # Cards and numbers ----------------------------------------------------------------------------------------------------
 
 
-def _headline(first: ComparisonNumbers, after: ComparisonNumbers | None) -> dict[str, str]:
+def _cards(first: ComparisonNumbers, after: ComparisonNumbers | None, counts: str) -> list[PageCard]:
+    result = after or first
+    cards = [_headline(first, after, counts), *_rule_card(result)]
+    error = _plain_number(result, "calibration_error")
+    if error:
+        note = "mean distance between how sure it is that the chosen one beats another and how often that came true"
+        cards.append(PageCard(title="Calibration error", value=error, notes=[note]))
+    return cards
+
+
+def _headline(first: ComparisonNumbers, after: ComparisonNumbers | None, counts: str) -> PageCard:
     """The accuracy, or for ratings the correlation, before and after."""
     name, title = ("pearson", "Correlation with ratings") if first.kind == "rating" else ("accuracy", "Accuracy")
-    sides = [_plain_number(one, name) if one else "" for one in (first, after)]
-    now = (after or first).numbers.get(name)
-    return {"title": title, "before": sides[0], "after": sides[1] or "not yet", "interval": interval_text(now)}
+    interval = interval_text((after or first).numbers.get(name))
+    return PageCard(
+        title=f"{title} on held-out data",
+        before=_plain_number(first, name) or "unknown",
+        value=(_plain_number(after, name) or "unknown") if after else "not yet",
+        lines=[Markup('{} <span class="quiet">(95 %)</span>').format(interval)],
+        notes=[counts],
+    )
 
 
-def _rule_card(result: ComparisonNumbers) -> dict[str, str] | None:
+def _rule_card(result: ComparisonNumbers) -> list[PageCard]:
     rule = best_rule(result)
     if rule is None:
-        return None
+        return []
     lead = result.leads[rule.name]
-    level = "low" if lead.known and lead.low > 0 else "extreme" if lead.known and lead.high < 0 else "high"
-    return {"words": rule.words, "accuracy": f"{rule.accuracy.mean:.3f}", "level": level, "lead": interval_text(lead)}
+    known: Literal["low", "extreme", "high"]
+    known = "low" if lead.known and lead.low > 0 else "extreme" if lead.known and lead.high < 0 else "high"
+    return [
+        PageCard(
+            title="Best rule that reads nothing",
+            value=f"{rule.accuracy.mean:.3f}",
+            lines=[rule.words],
+            notes=[f"the model's lead: {interval_text(lead)}"],
+            level=known,
+        )
+    ]
+
+
+def _verdict(run: RunData, result: ComparisonNumbers) -> Markup:
+    paragraphs = Markup("").join(text_block(sentence) for sentence in verdict(result))
+    return paragraphs + list_block(run.skipped, kind="cautions")
+
+
+def _table(first: ComparisonNumbers, after: ComparisonNumbers | None) -> Markup:
+    note = "Brackets are 95 % bootstrap intervals over the held-out comparisons."
+    return table_block(("quantity", "before", "after"), _rows(first, after), note=note)
 
 
 def _plain_number(result: ComparisonNumbers, name: str) -> str:
@@ -126,35 +176,25 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
 # Curves ---------------------------------------------------------------------------------------------------------------
 
 
-def _curves(run: RunData, numbers: Sequence[tuple[int, ComparisonNumbers]]) -> list[dict[str, Any]]:
+def _curves(run: RunData, numbers: Sequence[tuple[int, ComparisonNumbers]]) -> list[LineChart]:
     kind = numbers[0][1].kind
     loss = "Loss" if kind == "choice" else "Mean squared error"
     main = ("pearson", "Correlation with ratings") if kind == "rating" else ("accuracy", "Accuracy")
     panels = [
-        (loss, training_curve(*run.series(f"loss/{kind}")), _held_out(numbers, "loss"), None),
-        (main[1], training_curve(*run.series("choice/accuracy")), _held_out(numbers, main[0]), _rule_line(numbers)),
+        (loss, "loss", training_curve(*run.series(f"loss/{kind}")), _held_out(numbers, "loss"), None),
+        (main[1], main[0], training_curve(*run.series("choice/accuracy")), _held_out(numbers, main[0]), numbers[0][1]),
     ]
-    return [
-        _chart(title, [*lines, *([points] if points else [])], rule)
-        for title, lines, points, rule in panels
-        if lines or points
-    ]
-
-
-def _chart(title: str, series: Sequence[Series], rule: tuple[str, float] | None) -> dict[str, Any]:
-    lines = list(series)
-    if rule is not None:
-        ends = np.concatenate([one.x for one in series])
-        x = np.array([ends.min(), ends.max()])
-        lines.insert(0, Series(x=x, y=np.full(2, rule[1]), kind="rule"))
-    kinds = {one.kind for one in series}
-    return {
-        "title": title,
-        "svg": line_chart(lines, title=title),
-        "train": "train" in kinds,
-        "eval": "eval" in kinds,
-        "rule": None if rule is None else rule[0],
-    }
+    charts = []
+    for title, name, lines, points, ruled in panels:
+        series = [*lines, *([points] if points else [])]
+        rule = best_rule(ruled) if ruled else None
+        if series and rule is not None:  # it is the same at every step
+            ends = np.concatenate([one.x for one in series])
+            x, height = np.array([ends.min(), ends.max()]), np.full(2, rule.accuracy.mean)
+            series.insert(0, Series(x=x, y=height, kind="rule", label=f"best rule: {rule.words}"))
+        if series:
+            charts.append(LineChart(title=title, name=name, series=series))
+    return charts
 
 
 def _held_out(numbers: Sequence[tuple[int, ComparisonNumbers]], name: str) -> Series | None:
@@ -168,21 +208,16 @@ def _held_out(numbers: Sequence[tuple[int, ComparisonNumbers]], name: str) -> Se
         low=np.array([value.low for _, value in known]),
         high=np.array([value.high for _, value in known]),
         kind="eval",
+        label=HELD_OUT,
         notes=[f"step {step}: {value.mean:.4g}" for step, value in known],
     )
 
 
-def _rule_line(numbers: Sequence[tuple[int, ComparisonNumbers]]) -> tuple[str, float] | None:
-    """Legend and height of the best rule; it is the same at every step."""
-    rule = best_rule(numbers[0][1])
-    return None if rule is None else (f"best rule: {rule.words}", rule.accuracy.mean)
-
-
-def _calibration_charts(result: ComparisonNumbers) -> list[dict[str, Any]]:
+def _calibration_charts(result: ComparisonNumbers) -> list[LineChart]:
     return [_calibration_chart(name, curve) for name, curve in calibration_curves(result).items()]
 
 
-def _calibration_chart(name: str, curve: Calibration) -> dict[str, Any]:
+def _calibration_chart(name: str, curve: Calibration) -> LineChart:
     known = [one for one in curve.bins if one.count]
     diagonal = np.array([curve.bins[0].low, 1.0])
     points = Series(
@@ -191,19 +226,22 @@ def _calibration_chart(name: str, curve: Calibration) -> dict[str, Any]:
         low=np.array([one.observed.low for one in known]),
         high=np.array([one.observed.high for one in known]),
         kind="eval",
+        label=HELD_OUT,
         notes=[f"{one.count} predictions of {one.predicted:.2f}: {one.observed.mean:.2f}" for one in known],
     )
+    line = Series(x=diagonal, y=diagonal, kind="rule", label="as sure as it should be")
     title = f"Calibration: {name}"
-    svg = line_chart(
-        [Series(x=diagonal, y=diagonal, kind="rule"), points], title=title, x_label="predicted probability"
-    )
-    return {"title": title, "svg": svg, "train": False, "eval": True, "rule": "as sure as it should be"}
+    return LineChart(title=title, name=f"calibration-{name}", series=[line, points], x_label="predicted probability")
 
 
 # Examples -------------------------------------------------------------------------------------------------------------
 
 
-def _examples(shown: ComparisonStep) -> list[dict[str, Any]]:
+def _samples(shown: ComparisonStep) -> Markup:
+    return samples_block(_examples(shown), identifier="comparisons", searchable=False)
+
+
+def _examples(shown: ComparisonStep) -> list[PageSample]:
     """The surest right and wrong ones; of numbers the best and the worst fit."""
     if shown.kind == "choice":
         told = sorted(
@@ -231,18 +269,20 @@ def _probabilities(item: ScoredComparison) -> list[float]:
     return [share / math.fsum(shares) for share in shares]
 
 
-def _example(label: str, item: ScoredComparison) -> dict[str, Any]:
+def _example(label: str, item: ScoredComparison) -> PageSample:
     order = sorted(range(len(item.scores)), key=lambda place: -item.scores[place])[:MOST_COMPLETIONS]
-    marks = []
+    sides = []
     for place in order:
         words = [f"score {item.scores[place]:.2f}"]
         if item.ratings is not None:
             words.append(f"rating {item.ratings[place]:.2f}")
         if item.target is not None and len(item.scores) == 1:
             words.append(f"label {item.target:.2f}")
-        marks.append({"text": _cut(item.completions[place]), "words": ", ".join(words), "chosen": place == item.choice})
+        chosen = Markup("<b>chosen</b>") if place == item.choice else ""
+        sides.append((", ".join(words), _cut(item.completions[place]), chosen))
     said = f"; the second is better by {item.target:.2f}" if item.target is not None and len(item.scores) == 2 else ""
-    return {"label": label + said, "prompt": _cut(item.prompt), "completions": marks}
+    marked = [number for number, place in enumerate(order) if place == item.choice]
+    return PageSample(prompt=_cut(item.prompt), sides=sides, label=label + said, marked=marked)
 
 
 def _cut(text: str) -> str:

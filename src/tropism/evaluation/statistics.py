@@ -160,10 +160,10 @@ def _resampled_means(values: NDArray[np.float64], resamples: int, seed: int) -> 
 def _expanded_tail(tail: float, count: int) -> float:
     """The percentile that makes the bootstrap interval of ``count`` values as wide as Student's."""
     normal = NormalDist()
-    return normal.cdf(-math.sqrt(count / (count - 1)) * _student_quantile(-normal.inv_cdf(tail), count - 1))
+    return normal.cdf(-math.sqrt(count / (count - 1)) * student_quantile(-normal.inv_cdf(tail), count - 1))
 
 
-def _student_quantile(z: float, degrees: int) -> float:
+def student_quantile(z: float, degrees: int) -> float:
     """Student's quantile from the normal quantile ``z``: Abramowitz and Stegun 26.7.5, within 1 % from 3 degrees on."""
     terms = (
         z,

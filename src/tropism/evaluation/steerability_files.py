@@ -18,6 +18,7 @@ from tropism.evaluation.result_files import (
     BLUE,
     GREY,
     ORANGE,
+    as_names,
     csv_table,
     dress,
     new_figure,
@@ -173,7 +174,7 @@ def _steerability_picture(record: SweepRecord) -> Figure:
     bottom, top = float(np.nanmin(every)), float(np.nanmax(every))
     upper.set_ylim(bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom))
     dress(upper, title=f"{record.name}: asked for and achieved", x="", y="achieved reward")
-    upper.legend(frameon=False, fontsize=9, loc="upper left")
+    as_names(upper.legend(frameon=False, fontsize=9, loc="upper left"))
     knots = record.training.knots
     share = np.full(len(knots), 100 / len(knots))
     lower.hist(knots, bins=25, range=(record.training.low, record.training.high), weights=share, color=GREY)
@@ -199,7 +200,7 @@ def _distribution_picture(record: SweepRecord, samples: Samples, which: str, col
     axis.axvline(target, color="black", lw=1.2, ls="--", label=f"target {target:.4g}")
     axis.axvline(float(achieved.mean()), color=colour, lw=2, label=f"mean {achieved.mean():.3g}")
     dress(axis, title=f"{record.name} at the {which} target", x="reward", y="% of completions")
-    axis.legend(frameon=False, fontsize=9)
+    as_names(axis.legend(frameon=False, fontsize=9))
     return figure
 
 
@@ -225,7 +226,8 @@ def _correlation_picture(record: SweepRecord) -> Figure:
     axis.set_xlim(both.min() - room, both.max() + room)
     axis.set_ylim(both.min() - room, both.max() + room)
     axis.set_aspect("equal")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)  # beside the points, not over them
+    # Beside the points, not over them.
+    as_names(figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9))
     return figure
 
 

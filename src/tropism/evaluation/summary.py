@@ -239,8 +239,15 @@ def summary_rows(summary: Summary) -> list[tuple[str, str, str, str]]:
     for name in dict.fromkeys([*before.metrics, *(after.metrics if after else ())]):
         late = interval_text(after.metrics.get(name)) if after else ""
         change = change_text(summary.metric_changes.get(name))
-        rows.append((f"metric {name}", interval_text(before.metrics.get(name)), late, change))
+        rows.append((_metric_label(name), interval_text(before.metrics.get(name)), late, change))
     return rows
+
+
+def _metric_label(name: str) -> str:
+    """What the table calls a measure; the gold reward and its terms are no metrics of the user."""
+    if name == "gold":
+        return "gold reward (held-out)"
+    return f"gold term {name.removeprefix('gold/')}" if name.startswith("gold/") else f"metric {name}"
 
 
 def _ends(run: RunData) -> tuple[Evaluation, Evaluation | None, list[str]]:

@@ -17,7 +17,7 @@ from tropism.models.conditioning_files import MARK
 from tropism.models.modules import with_weights
 from tropism.models.policy import Policy
 from tropism.models.q_head_files import MARK as Q_MARK
-from tropism.models.saving import merged_weights, tensors_of
+from tropism.models.saving import merged_weights, plain_tensors
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest difference of logits, as a share of the largest logit (or of 1): about eight steps of the half precisions."""
@@ -43,7 +43,7 @@ def baked_model(
         ModelError: the family's input embedding does more than look rows up and scale them.
     """
     base: PreTrainedModel = policy.language_model
-    weights = merged_weights(policy.model) if isinstance(policy.model, PeftModel) else tensors_of(base)
+    weights = merged_weights(policy.model) if isinstance(policy.model, PeftModel) else plain_tensors(base)
     config = copy.deepcopy(base.config)
     for part in _parts(config):
         for mark in (MARK, Q_MARK):

@@ -38,6 +38,15 @@ from tropism.models.demo_model import demo_model_path
 from tropism.models.lora import load_adapter, saved_adapter
 from tropism.models.modules import AutoLanguageModel, base_model, disable_dropout, with_weights, zero_dropout
 from tropism.models.q_head_files import SavedQHeads, read_q_heads
+from tropism.models.quantization import (
+    Quantization,
+    check_family,
+    check_quantizable,
+    check_quantization,
+    prepare_quantized,
+    quantized_options,
+    skeleton_of,
+)
 from tropism.models.seq2seq import decoder_prefix, is_encoder_decoder
 from tropism.models.special_tokens import SpecialTokens, special_tokens
 from tropism.texts import tell_decoder_prefix
@@ -69,12 +78,20 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time. Takes effect where the model
     is in train mode."""
+    quantization: Quantization | None = None
+    """8bit or 4bit (NF4, double quantisation): the base model's weights packed by bitsandbytes, for an adapter (lora)
+    to be trained on. None: weights as they are."""
 
     def __post_init__(self) -> None:
         if not self.name:
             raise ModelError('the model has no name; give a hub id, a folder, a .gguf file or "demo"')
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ModelError(f"dtype is {self.dtype!r}; choose auto, float32, bfloat16 or float16")
+        check_quantization(self.quantization)
+
+    def of_export(self, folder: str | Path) -> ModelConfig:
+        """How to load what a run that began with this model has exported: plain weights, even of packed ones."""
+        return replace(self, name=str(folder), revision=None, quantization=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +169,8 @@ def _load(config: ModelConfig) -> tuple[PreTrainedModel | PeftModel, PreTrainedT
     dtype = dtype_named(config.dtype, device)
     path = Path(config.name).expanduser()
     model: PreTrainedModel | PeftModel
+    if config.quantization is not None:
+        check_quantizable(config.name, path, device)
     if config.name == DEMO:
         model, tokenizer = _load_gguf(demo_model_path(), config, dtype)
         set_name(model, DEMO)
@@ -164,7 +183,10 @@ def _load(config: ModelConfig) -> tuple[PreTrainedModel | PeftModel, PreTrainedT
     else:
         model, tokenizer = _load_pretrained(folder_or_hub_id(config.name, path), config, dtype)
     model.config.use_cache = True
-    model.to(device)  # type: ignore[arg-type]
+    if config.quantization is None:
+        model.to(device)  # type: ignore[arg-type]
+    else:  # it was packed where it is
+        prepare_quantized(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, tokenizer
@@ -195,6 +217,8 @@ def _load_pretrained(
     def prepare(details: PreTrainedConfig) -> None:
         _check_kind(details, source)
         zero_dropout(details)
+        if config.quantization is not None:
+            check_family(details, skeleton_of(details, AutoLanguageModel), source)
 
     load = _load_trusted if config.trust_remote_code else load_pretrained
     try:
@@ -205,6 +229,7 @@ def _load_pretrained(
             prepare=prepare,
             dtype=dtype,
             **attention_options(config),
+            **quantized_options(config.quantization, dtype, device_named(config.device)),
         )
     except ModelError:
         raise

@@ -163,6 +163,8 @@ def _folder_of_facts(config: ModelConfig) -> Path:
 
 def _from_files(config: ModelConfig, seed: int) -> tuple[Any, PreTrainedTokenizerBase]:
     path = Path(config.name).expanduser()
+    if config.quantization is not None:
+        raise ModelError("reward models are loaded with their weights as they are; leave quantization out")
     if config.name == DEMO or path.suffix == ".gguf":
         loaded = load_model(config)
         return loaded.model, loaded.tokenizer

@@ -19,6 +19,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrain
 
 from tropism.errors import ModelError
 from tropism.models.modules import AutoLanguageModel, base_model, with_weights
+from tropism.models.quantization import is_packed, plain_weight
 from tropism.models.seq2seq import is_encoder_decoder
 from tropism.storage import flush, writing
 
@@ -35,23 +36,19 @@ def save_plain(
 ) -> None:
     """Write ``model`` and ``tokenizer`` as a folder that the Auto class of its kind loads with no custom code.
 
-    An active adapter is merged into a copy of the layers it changes; the live model keeps its weights bit for bit. The
-    folder appears under its name only once it is complete, and then replaces an older one.
+    An active adapter is merged into a copy of the layers it changes; the live model keeps its weights bit for bit.
+    Quantised weights are written as the numbers they stand for, in the model's dtype. The folder appears under its name
+    only once it is complete, and then replaces an older one.
 
     Args:
         settings: further entries of config.json.
         beside: writes further files into the folder.
 
     Raises:
-        ModelError: the weights are quantised.
+        ModelError: the weights are quantised by something else than bitsandbytes.
     """
     base = base_model(model)
-    if getattr(base, "is_quantized", False):
-        raise ModelError(
-            "a quantised model cannot be written as a plain folder; "
-            "save the adapter, and load it on the model in bfloat16"
-        )
-    weights = merged_weights(model) if isinstance(model, PeftModel) else tensors_of(base)
+    weights = merged_weights(model) if isinstance(model, PeftModel) else plain_tensors(base)
     plain = with_weights(base, weights)
     if plain.can_generate():
         plain.generation_config = _valid_generation_config(plain.generation_config)
@@ -86,25 +83,61 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def plain_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """``tensors_of`` a model; packed layers as the numbers they stand for, on the CPU, in the model's dtype.
+
+    Raises:
+        ModelError: they are packed by something else than bitsandbytes.
+    """
+    packed = {name: module for name, module in model.named_modules() if is_packed(module)}
+    if getattr(model, "is_quantized", False) and not packed:
+        raise ModelError(
+            "a quantised model can be written as a plain folder where bitsandbytes has packed it, and this one was "
+            "packed by something else; save the adapter, and load it on the model in bfloat16"
+        )
+    weights = {f"{name}.weight": plain_weight(module, None, model.dtype) for name, module in packed.items()}
+    return {**tensors_of(model), **weights}
+
+
 @torch.no_grad()
 def merged_weights(model: PeftModel) -> dict[str, Tensor]:
     """State dict of the base model with the active adapter merged in.
 
     Weights that no adapter touches are the live tensors themselves; merged ones are new, on the CPU, computed in
     float32 and rounded once to the layer's dtype.
+
+    Raises:
+        ModelError: an adapter that is more than a sum lies on packed weights.
     """
     base = base_model(model)
     adapted = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
     weights = {
-        key: value for key, value in tensors_of(base).items() if not any(key.startswith(f"{name}.") for name in adapted)
+        key: value
+        for key, value in plain_tensors(base).items()
+        if not any(key.startswith(f"{name}.") for name in adapted)
     }
     for name, layer in adapted.items():
+        if is_packed(layer.get_base_layer()):
+            weights |= {f"{name}.{key}": value for key, value in _merged_packed(layer, model, base.dtype).items()}
+            continue
         dtypes = {key: value.dtype for key, value in tensors_of(layer.get_base_layer()).items()}
         merged = copy.deepcopy(layer).cpu().float()  # type: ignore[attr-defined]
         merged.merge(safe_merge=True, adapter_names=[model.active_adapter])
         for key, value in tensors_of(merged.get_base_layer()).items():
             weights[f"{name}.{key}"] = value.to(dtypes[key])
     return weights
+
+
+def _merged_packed(layer: Any, model: PeftModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weight and bias of a packed layer with the active adapter's product added."""
+    adapter = model.active_adapter
+    if layer.lora_variant.get(adapter) is not None or layer.lora_bias.get(adapter):
+        raise ModelError(
+            "the adapter on quantised weights is more than a product that is added (DoRA, or biases), so it cannot be "
+            "merged into them; save the adapter, and load it on the model in bfloat16"
+        )
+    inner = layer.get_base_layer()
+    return {**tensors_of(inner), "weight": plain_weight(inner, layer.get_delta_weight(adapter), dtype)}
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ model as always. A comparison with the ordinary pass decides whether this is don
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from tropism.errors import ModelError
+from tropism.errors import ModelError, NoRoomError
 from tropism.models.freezing import transformer_blocks
 from tropism.models.rows import TOLERANCE
+from tropism.out_of_memory import is_out_of_memory, reason_of
 from tropism.types import Tokens, length_mask
 
 _Key = tuple[tuple[int, ...], tuple[int, ...]]
@@ -64,9 +65,18 @@ class Features:
         self.rows, self.size, self.states = {}, 0, None
 
     def write(self, places: Tensor, hidden: Tensor) -> None:
-        """Keep ``hidden`` [..., H] at ``places`` [...]."""
+        """Keep ``hidden`` [..., H] at ``places`` [...].
+
+        Raises:
+            NoRoomError: there is no memory for all rows that were planned, which smaller parts do not change.
+        """
         if self.states is None:
-            self.states = hidden.new_zeros(self.size, hidden.shape[-1])
+            try:
+                self.states = hidden.new_zeros(self.size, hidden.shape[-1])
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise NoRoomError(f"no room for what frozen blocks give ({reason_of(error)})") from error
         self.states[places.flatten()] = hidden.flatten(0, -2)
 
 
@@ -114,7 +124,7 @@ class FrozenTrunk:
         return size * self.width * int(self.policy.dtype.itemsize)
 
     @torch.no_grad()
-    def keep(self, tokens: Tokens, parts: Sequence[Tensor]) -> None:
+    def keep(self, tokens: Tokens, parts: Iterable[Tensor]) -> None:
         """Compute the frozen blocks for these rows; what was kept before is forgotten.
 
         Args:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self, get_args
+
+from tropism.errors import ConfigError
+
+BEAMS = ("num_beams", "num_beam_groups", "early_stopping", "length_penalty", "diversity_penalty")
+"""Settings of a search by beams, which other libraries take for rollouts."""
 
 Beyond = Literal["stop", "mask", "train"]
 PolicyDistribution = Literal["tempered", "filtered"]
@@ -38,6 +43,21 @@ class Truncation:
             raise ValueError("after must not be negative: it is the index of a token")
         if self.beyond not in get_args(Beyond):
             raise ValueError(f"beyond must be one of {', '.join(get_args(Beyond))}, not {self.beyond!r:.60}")
+
+
+def refuse_beams(names: Iterable[Any]) -> None:
+    """Refuse settings of a beam search.
+
+    Raises:
+        ConfigError: there is one among the names.
+    """
+    for name in names:
+        if name in BEAMS:
+            raise ConfigError(
+                f"sampling.{name}: what a search by beams finds is no sample of the policy, so ratios, the KL and"
+                " every update that is made of them would be wrong; leave it out, and one token is sampled after the"
+                " other. (A model can be measured with beams: tropism toxicity --num-beams 5)"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +94,13 @@ class Sampling:
     min-p. A token that leaves the filtered set has ratio 0 and no gradient: the policy cannot learn it back."""
     batch_size: int = 64
     """Most rows decoded at once; as rows end, waiting prompts take their place."""
+
+    refuse = staticmethod(refuse_beams)
+
+    def __new__(cls, **given: Any) -> Self:
+        """Names of other libraries are refused with the reason, where Python would say that it does not know them."""
+        refuse_beams(given)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         refuse_sweep({f.name: getattr(self, f.name) for f in fields(self)})

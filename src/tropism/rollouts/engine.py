@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import groupby
 from math import isnan
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tropism.errors import ConfigError, NumericsError
-from tropism.ops.slots import without_slots
+from tropism.out_of_memory import BatchSize
 from tropism.rollouts.checks import check_context, check_ends, check_ids
 from tropism.rollouts.config import Sampling
 from tropism.rollouts.distribution import draw, penalise_repetition, truncate
@@ -27,34 +26,12 @@ from tropism.rollouts.ends import Ends
 from tropism.rollouts.prefill import RowCache, prefill, room_for
 from tropism.rollouts.protocol import Capabilities, FilterContext, GeneratingPolicy, LogitFilter, SamplingModel
 from tropism.rollouts.randomness import StreamKey
+from tropism.rollouts.row import Row, collected, sampled_by_parts
 from tropism.rollouts.sampling_filters import filters_of
-from tropism.types import FinishReason, Prompt, Rollouts, pad_rows
+from tropism.types import Prompt, Rollouts
 
 SLACK = 32
 """Columns beyond the longest row, so that rows need to be shifted only once in that many steps when others enter."""
-
-
-@dataclass
-class _Row:
-    """One completion in the making."""
-
-    index: int
-    """Its place in the result."""
-    prefixes: tuple[tuple[int, ...], ...]
-    """Token ids of each stream's prefix; the first is the prompt."""
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    behaviour_logprobs: list[float] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    spelled_stop: bool = False
-    """Whether a stop string has appeared, perhaps before the completion may end."""
-    state: dict[str, Any] = field(default_factory=dict)
-
-    @cached_property
-    def prompt(self) -> Sequence[int]:
-        """The ids of the first prefix that are text."""
-        return without_slots(self.prefixes[0])
 
 
 @dataclass(frozen=True)
@@ -83,6 +60,11 @@ class EmbeddedSampler:
     def __init__(self, tokenizer: Any, eos_ids: Sequence[int]) -> None:
         self.tokenizer = tokenizer
         self.eos_ids = tuple(eos_ids)
+        self.size = BatchSize(
+            "rows sampled at once",
+            setting="sampling.batch_size",
+            advice="Lower sampling.max_new_tokens, shorten the prompts, or choose a smaller model",
+        )
 
     @torch.no_grad()
     def generate(
@@ -112,38 +94,17 @@ class EmbeddedSampler:
         vocabulary = int(policy.config.vocab_size)
         check_ids(prefixes, vocabulary, slots=policy.takes_slots)
         check_ends(sampling, self.tokenizer, vocabulary)
-        rows = [_Row(index=i * n + j, prefixes=prefix) for i, prefix in enumerate(prefixes) for j in range(n)]
+        rows = [Row(index=i * n + j, prefixes=prefix) for i, prefix in enumerate(prefixes) for j in range(n)]
         ends = Ends.of(sampling, self.eos_ids, self.tokenizer)
-        with policy.for_sampling() as model:
-            own = filters_of(sampling, model, self.tokenizer, self.eos_ids, vocabulary)
-            _Decoder(policy, model, rows, sampling, key, first_index, (*own, *filters), ends).run()
-        return _collect(rows, sampling, ends)
 
+        def decode(waiting: Sequence[Row], width: int) -> None:
+            # What is prepared for sampling (a graph over a cache, on CUDA) belongs to one attempt.
+            with policy.for_sampling() as model:
+                own = filters_of(sampling, model, self.tokenizer, self.eos_ids, vocabulary)
+                _Decoder(policy, model, waiting, sampling, key, first_index, (*own, *filters), ends, width).run()
 
-def _collect(rows: Sequence[_Row], sampling: Sampling, ends: Ends) -> Rollouts:
-    reasons: list[FinishReason] = []
-    for row in rows:
-        assert row.finish_reason is not None
-        reasons.append(row.finish_reason)
-    prompts = [row.prefixes[0] for row in rows]
-    kept = [ends.kept(row.ids) for row in rows]
-
-    def numbers(name: str) -> Tensor:
-        given = [getattr(row, name)[:length] for row, length in zip(rows, kept, strict=True)]
-        return pad_rows(given, value=0.0, dtype=torch.float32)
-
-    return Rollouts(
-        prompt_ids=pad_rows(prompts, left=True),
-        prompt_lengths=torch.tensor([len(ids) for ids in prompts]),
-        completion_ids=pad_rows([row.ids[:length] for row, length in zip(rows, kept, strict=True)]),
-        completion_lengths=torch.tensor(kept),
-        logprobs=numbers("logprobs"),
-        behaviour_logprobs=numbers("behaviour_logprobs"),
-        values=numbers("values") if rows[0].values else None,
-        finish_reasons=tuple(reasons),
-        visible_lengths=torch.tensor([ends.visible(row.ids) for row in rows]) if ends.keeps_rest else None,
-        temperature=sampling.softmax_temperature,
-    )
+        rows = sampled_by_parts(rows, decode, self.size, sampling.batch_size)
+        return collected(rows, sampling, ends)
 
 
 class _Decoder:
@@ -153,12 +114,13 @@ class _Decoder:
         self,
         policy: GeneratingPolicy,
         model: SamplingModel,
-        rows: Sequence[_Row],
+        rows: Sequence[Row],
         sampling: Sampling,
         key: StreamKey,
         first_index: int,
         filters: Sequence[LogitFilter],
         ends: Ends,
+        width: int,
     ) -> None:
         self.policy, self.device, self.model, self.sampling = policy, policy.device, model, sampling
         self.key, self.first_index = key, first_index
@@ -166,8 +128,8 @@ class _Decoder:
         self.forbidden_early = torch.tensor(sorted(ends.eos_ids | ends.stop_ids), device=self.device)
         self.streams = len(rows[0].prefixes)
         self.waiting = deque(rows)
-        self.active: list[_Row] = []
-        self.width = min(len(rows), max(1, sampling.batch_size // self.streams))
+        self.active: list[Row] = []
+        self.width = width
         longest = max(len(ids) for row in rows for ids in row.prefixes)
         new = sampling.max_new_tokens + (SLACK if len(rows) > self.width else 1)
         self.cache = room_for(policy, model, rows=self.width * self.streams, longest=longest, new=new)
@@ -259,7 +221,7 @@ class _Decoder:
         temperature = self.sampling.softmax_temperature
         return logits if temperature == 1 else logits / temperature
 
-    def _no_distribution(self, row: _Row, logprob: float) -> NumericsError:
+    def _no_distribution(self, row: Row, logprob: float) -> NumericsError:
         place = f"token {len(row.ids)} of completion {row.index}"
         if isnan(logprob):
             weights = self.policy.named_parameters()

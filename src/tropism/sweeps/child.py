@@ -13,13 +13,14 @@ import threading
 
 def main() -> int:
     """Run the command line of this process's arguments."""
-    threading.Thread(target=_end_with_parent, name="tropism-sweep", daemon=True).start()
+    threading.Thread(target=end_with_parent, name="tropism-sweep", daemon=True).start()
     from tropism.cli import main as command_line
 
     return command_line(sys.argv[1:])
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Wait for the end of standard input, and then ask this process to save and end."""
     while os.read(0, 1024):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

@@ -34,6 +34,19 @@ LONGEST_REASON = 500
 
 Watch = Callable[[int, float], bool]
 """Called with a step and the metric at it, in order; returns whether the run is to be stopped."""
+CHILD = "tropism.sweeps.child"
+"""The module that a run's process begins with."""
+
+
+class Halt:
+    """Asks processes that other threads wait for to save and end; the second time to end at once."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        """How often."""
+
+    def __call__(self) -> None:
+        self.asked += 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +68,10 @@ class Job:
     metric: str
     mode: Literal["max", "min"] = "max"
     take: Literal["last", "best"] = "last"
+    child: tuple[str, ...] = (CHILD,)
+    """Module of the process, and the arguments that stand before those of ``tropism``."""
+    environment: tuple[tuple[str, str], ...] = ()
+    """Further variables of its environment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +92,11 @@ class Ended:
     """That it took, this time."""
 
 
-def execute(job: Job, watch: Watch | None = None) -> Ended:
+def execute(job: Job, watch: Watch | None = None, *, halt: Halt | None = None) -> Ended:
     """Train, or go on, in a process of its own.
+
+    Args:
+        halt: where this is not the main thread, which alone hears signals: what tells of them.
 
     Raises:
         Interrupted, KeyboardInterrupt: after a signal; the run has saved what it had.
@@ -89,7 +109,7 @@ def execute(job: Job, watch: Watch | None = None) -> Ended:
     append_whole(log, f"$ tropism {' '.join(command)}\n".encode())
     size = log.stat().st_size
     follower = _Follower(folder / "metrics.jsonl", job.metric)
-    code = _run(command, job, follower, watch)
+    code = _run(command, job, follower, watch, halt)
     seconds = time.monotonic() - began
     if follower.lacking is not None:
         return Ended(there_are=follower.lacking, seconds=seconds, reason=f"the run has no metric {job.metric}")
@@ -98,7 +118,7 @@ def execute(job: Job, watch: Watch | None = None) -> Ended:
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):  # to all processes of a job, or to this one alone
         raise Interrupted(code - 128)
     if code != 0:
-        return Ended(reason=_reason(log, size, code), seconds=seconds)
+        return Ended(reason=reason_in(log, size, code), seconds=seconds)
     return outcome(job, seconds=seconds)
 
 
@@ -162,41 +182,76 @@ def _command(job: Job, folder: Path) -> list[str]:
     return ["train", job.recipe_path]
 
 
-def _run(command: list[str], job: Job, follower: _Follower, watch: Watch | None) -> int:
+def _run(command: list[str], job: Job, follower: _Follower, watch: Watch | None, halt: Halt | None) -> int:
     """The exit code of the process, negative where a signal ended it."""
-    with Path(job.log).open("ab") as log:
+
+    def look(running: bool) -> bool:
+        if running:
+            return follower.look(watch)
+        return follower.look(None if watch is None else lambda step, value: watch(step, value) and False)
+
+    child, environment = [*job.child, *command], dict(job.environment)
+    return run_process(child, Path(job.log), job.working_directory, environment, look=look, halt=halt)
+
+
+def run_process(
+    child: list[str],
+    log: Path,
+    working_directory: str,
+    environment: Mapping[str, str],
+    *,
+    look: Callable[[bool], bool] = lambda running: False,
+    halt: Halt | None = None,
+) -> int:
+    """Run a module that ends with this process, and wait for it.
+
+    Args:
+        child: module and arguments. log: takes what it prints.
+        look: called time and again, told whether the process runs; returns whether it is to be stopped.
+        halt: as of ``execute``.
+
+    Returns:
+        The exit code of the process, negative where a signal ended it.
+    """
+    with log.open("ab") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tropism.sweeps.child", *command],
+            [sys.executable, "-m", *child],
             stdin=subprocess.PIPE,
-            stdout=log,
+            stdout=file,
             stderr=subprocess.STDOUT,
-            cwd=job.working_directory,
+            cwd=working_directory,
             # Ctrl-C on a terminal goes to a whole group: a run that hears it twice ends without saving.
             start_new_session=True,
-            env=os.environ | {"COLUMNS": "200"},
+            env={**os.environ, "COLUMNS": "200", **environment},
         )
     try:
         while process.poll() is None:
-            if follower.look(watch):
+            if halt is not None and halt.asked:
+                raise Interrupted(signal.SIGINT)
+            if look(True):
                 break
             time.sleep(POLL)
         else:
-            follower.look(None if watch is None else lambda step, value: watch(step, value) and False)
+            look(False)
             return process.returncode
         process.terminate()
         return process.wait()
     except BaseException:
-        _let_it_save(process)
+        _let_it_save(process, halt)
         raise
     finally:
         assert process.stdin is not None
         process.stdin.close()
 
 
-def _let_it_save(process: subprocess.Popen[bytes]) -> None:
+def _let_it_save(process: subprocess.Popen[bytes], halt: Halt | None) -> None:
     """Ask a run to save and end, and wait for it; a second signal ends it at once."""
     try:
         process.terminate()
+        while halt is not None and process.poll() is None and halt.asked < 2:
+            time.sleep(POLL)
+        if halt is not None and process.poll() is None:
+            process.kill()
         process.wait()
     except BaseException:
         process.kill()
@@ -204,7 +259,7 @@ def _let_it_save(process: subprocess.Popen[bytes]) -> None:
         raise
 
 
-def _reason(log: Path, begin: int, code: int) -> str:
+def reason_in(log: Path, begin: int, code: int) -> str:
     """Why a run failed: its error message, or the last line that it printed."""
     with log.open("rb") as file:
         file.seek(begin)

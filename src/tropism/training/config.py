@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tropism.errors import ConfigError
+from tropism.rewards.config import RewardConfig
+
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 IMPORTANCE_CAP = 2.0
@@ -40,8 +43,16 @@ class EvaluationConfig:
     sampling: tuple[dict[str, Any], ...] = ()
     """Changes to the recipe's sampling, such as ``{temperature: 0.7}``: the prompts are answered once more with each
     of them, by the same randomness."""
+    gold: RewardConfig | None = None
+    """A second reward that judges the held-out completions and trains nothing, in any form that a reward may have:
+    logged as ``eval/gold``, it shows whether the reward is being gamed."""
 
     def __post_init__(self) -> None:
+        if self.gold is not None:
+            try:
+                object.__setattr__(self, "gold", RewardConfig.of(self.gold))
+            except ConfigError as error:
+                raise ConfigError(f"gold: {error}") from error
         if self.every is not None and self.every < 1:
             raise ValueError("every must be at least 1, or None for before and after only")
         if not isinstance(self.sampling, (list, tuple)):

@@ -259,7 +259,7 @@ def load_of(policy: Any, reference: Any, rows: Rows, trainer: TrainerConfig, *, 
     sharded = isinstance(policy, FSDPModule)
     whole = sum(p.numel() * p.element_size() for p in policy.parameters()) if sharded else 0
     adapted = [m for m in policy.model.modules() if hasattr(m, "get_base_layer")]
-    matrices = sum(p.numel() for p in policy.language_model.parameters() if p.dim() == 2)
+    matrices = sum(p.numel() for p in policy.language_model.parameters() if p.dim() == 2 and p.is_floating_point())
     return Load(
         weights=sum(weights.values()),
         trained=sum(_here(p).numel() * p.element_size() for p in trained),
@@ -268,7 +268,8 @@ def load_of(policy: Any, reference: Any, rows: Rows, trainer: TrainerConfig, *, 
         # Sharded weights are whole while the policy samples, and two layers and the embeddings while it computes.
         packed=packed + whole,
         packed_kept=0 if sharded else kept,
-        cast=(2 * matrices if reduced and weight_size > 2 else 0) + (_gathered_bytes(policy) if sharded else 0),
+        cast=(2 * matrices if reduced and weight_size > 2 else 0)
+        + (_gathered_bytes(policy) if sharded else _unpacked_bytes(policy)),
         weight_size=weight_size,
         compute_size=2 if reduced else weight_size,
         adapter_rank=max((max(m.r.values()) for m in adapted if isinstance(getattr(m, "r", None), dict)), default=0),
@@ -293,10 +294,26 @@ def load_of(policy: Any, reference: Any, rows: Rows, trainer: TrainerConfig, *, 
         on_host=policy.device.type != "cuda",
         # The first process gathers weights and moments to save them.
         merges=max(
-            sum(m.get_base_layer().weight.numel() * 4 for m in adapted),
+            sum(_numbers(m.get_base_layer()) * 4 for m in adapted),
             3 * sum(p.numel() * p.element_size() for p in trained) if sharded else 0,
         ),
     )
+
+
+def _is_packed(module: Any) -> bool:
+    """Whether a linear layer keeps its weights in integers."""
+    return isinstance(module, nn.Linear) and not module.weight.is_floating_point()
+
+
+def _unpacked_bytes(policy: Any) -> int:
+    """Quantised layers are unpacked one at a time, to float32 and then to the model's type."""
+    size = 4 + int(policy.dtype.itemsize)
+    return max((_numbers(module) * size for module in policy.model.modules() if _is_packed(module)), default=0)
+
+
+def _numbers(layer: Any) -> int:
+    """Entries of a layer's matrix, however it is packed."""
+    return int(layer.in_features * layer.out_features if _is_packed(layer) else layer.weight.numel())
 
 
 def _trunk_bytes(policy: Any, rows: Rows) -> int:

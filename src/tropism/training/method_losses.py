@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from tropism.training.fitting import Fitting
 from tropism.training.processes import Processes, micro_batches
 from tropism.types import Batch
 
@@ -34,24 +35,26 @@ class MethodLosses:
     ) -> None:
         self.algorithm, self.policy, self.processes = algorithm, policy, processes
         self.max_tokens, self.max_rows = max_tokens, max_rows
+        self.fitting = Fitting(processes, of="the held-out loss", times=2)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> dict[str, float]:
         """Named sums over a whole batch. Every process is given all of it and computes its share."""
         mine = torch.arange(self.processes.rank, len(batch), self.processes.count)
-        plan = micro_batches(
-            batch.select(mine),
-            max_tokens=self.max_tokens,
-            max_rows=self.max_rows,
-            without_padding=self.policy.without_padding,
-        )
-        parts = [batch.select(mine[rows]) for rows in plan]
+        own = batch.select(mine)
         sharded = isinstance(self.policy, FSDPModule)
-        if sharded:  # all processes gather the weights together, so that all make the same number of passes
-            missing = self.processes.maximum(len(parts)) - len(parts)
-            parts += [batch.select(torch.zeros(1, dtype=torch.long)).emptied()] * missing
 
-        def compute() -> dict[str, float]:
+        def plan(budget: int) -> list[Tensor]:
+            unpadded = self.policy.without_padding
+            return micro_batches(own, max_tokens=budget, max_rows=self.max_rows, without_padding=unpadded)
+
+        def parts_of(rows: Sequence[Tensor]) -> list[Batch]:
+            parts = [own.select(chosen) for chosen in rows]
+            # Sharded weights are gathered by all processes together, so that all make the same number of passes.
+            missing = self.processes.maximum(len(parts)) - len(parts) if sharded else 0
+            return parts + [batch.select(torch.zeros(1, dtype=torch.long)).emptied()] * missing
+
+        def compute(parts: Iterable[Batch]) -> dict[str, float]:
             sums: dict[str, float] = {}
             for part in parts:
                 if sharded:
@@ -62,6 +65,6 @@ class MethodLosses:
             return sums
 
         with self.processes.accelerator.autocast():
-            shares = self.processes.together(compute, alone=not sharded)
+            shares = self.fitting.together(plan, parts_of, compute, budget=self.max_tokens, alone=not sharded)
         names = dict.fromkeys(name for share in shares for name in share)
         return {name: sum(share.get(name, 0.0) for share in shares) for name in names}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tropism.errors import ModelError
 from tropism.training.config import TrainerConfig
 
 FULL_RATE_AT = (1e-5, 135e6)
@@ -35,8 +36,16 @@ def build_optimizer(policy: nn.Module, config: TrainerConfig, *, head_rate: floa
 
     Args:
         head_rate: learning rate of the heads as a multiple of the language model's.
+
+    Raises:
+        ModelError: nothing is trainable, so that training would change nothing.
     """
     named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+    if not named:
+        raise ModelError(
+            "no weight of the model is trainable, so training would change nothing: set lora to train an adapter, "
+            "leave train_layers out, or switch gradients on where the model comes from Python (requires_grad_)"
+        )
     heads = [p for name, p in named if not name.startswith("model.")]
     model = [p for name, p in named if name.startswith("model.")]
     decay = config.optimizer.weight_decay

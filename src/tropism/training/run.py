@@ -16,6 +16,7 @@ from tropism.redaction import redact
 from tropism.training.boundary import Boundary, BoundarySaver
 from tropism.training.checkpoint import Checkpoint, newest_complete, read_checkpoint
 from tropism.training.config import TrainerConfig
+from tropism.training.fitting import memory_warnings
 from tropism.training.interrupt import Interrupted, ProcessLostError
 from tropism.training.monitor import Monitor
 from tropism.training.processes import Processes
@@ -69,6 +70,7 @@ class Run:
         self.display: ProgressDisplay = Quiet()
         self.recent: Metrics = {}
         self.profile: Profile | None = None
+        self.advise: Callable[[int], str | None] = lambda step: None  # a warning after the evaluation of a step
         self.clock = StepClock()
         self.saver = BoundarySaver(folder.path, keep=config.checkpoints.keep, processes=processes, gather=self._trained)
         self.trainer: Trainer
@@ -91,7 +93,8 @@ class Run:
             try:
                 self.begin()
                 try:
-                    self._train(total_steps, resumed=resumed)
+                    with memory_warnings(self.processes, self._warn):
+                        self._train(total_steps, resumed=resumed)
                 except StorageError as error:
                     raise StorageError(f"{error}{self._way_on()}") from error
             finally:
@@ -289,6 +292,8 @@ class Run:
             metrics["best/step"] = float(self.best.step)
         metrics["time/evaluation"] = time.perf_counter() - began
         self._log("evaluation", metrics, step=step)
+        if self.processes.is_main and (advice := self.advise(step)) is not None:
+            self._warn(advice)
         self.display.stage("training")
         return worn_out
 

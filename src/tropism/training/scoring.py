@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from tropism.errors import NoRoomError
+from tropism.out_of_memory import free_memory, reason_of
+from tropism.training.fitting import Fitting
 from tropism.training.processes import Processes, micro_batches, plan_micro_batches
 from tropism.types import Filtering, Tokens, pad_rows
 
@@ -38,7 +41,11 @@ class ModelScorer:
         self.active = active
         self.processes = processes
         self.max_tokens, self.max_rows = max_tokens, max_rows
+        self.fitting = Fitting(processes, of="the log-probs", times=2)
+        self.trunk_fitting = Fitting(processes, of="the frozen blocks", times=2)
         self._said: set[str] = set()
+        self._no_room: str | None = None
+        """What the allocator said when there was no room for what frozen blocks give."""
 
     @torch.no_grad()
     def keep_trunk(self, tokens: Tokens) -> None:
@@ -50,11 +57,27 @@ class ModelScorer:
             trunk = policy.trunk
             if trunk is None or self._computes_always(trunk, tokens):
                 return
-            plan = micro_batches(
-                tokens, max_tokens=self.max_tokens, max_rows=self.max_rows, without_padding=policy.without_padding
-            )
-            self.processes.together(lambda: trunk.keep(tokens, plan))
+            try:
+                self.trunk_fitting.together(
+                    self._plan(tokens, policy),
+                    list,
+                    lambda plan: trunk.keep(tokens, plan),
+                    budget=self.max_tokens,
+                    undo=trunk.drop,
+                )
+            except NoRoomError as error:
+                self._no_room = reason_of(error.__cause__ or error)
+            if self._no_room is not None:
+                trunk.drop()
+                free_memory()
+                self._computes_always(trunk, tokens)
+                return
             self._say(f"the {len(trunk.blocks)} frozen blocks are computed once per step, and what they give is kept")
+
+    def _plan(self, tokens: Tokens, policy: Any) -> Callable[[int], Sequence[Tensor]]:
+        """From a budget of tokens to micro-batches of these rows."""
+        unpadded: bool = policy.without_padding
+        return lambda budget: micro_batches(tokens, max_tokens=budget, max_rows=self.max_rows, without_padding=unpadded)
 
     def drop_trunk(self) -> None:
         """Forget what ``keep_trunk`` computed."""
@@ -69,6 +92,8 @@ class ModelScorer:
             reason = "the run has several processes"
         elif reason is None and not trunk.usable:
             reason = "activations are recomputed, or weights sharded"
+        elif reason is None and self._no_room is not None:
+            reason = f"memory ran out while what they give was kept ({self._no_room})"
         elif reason is None and (size := trunk.needed(tokens)) > MOST_KEPT_BYTES:
             reason = f"what they give for a step takes {size / 1e9:.1f} GB, more than {MOST_KEPT_BYTES / 1e9:.1f} GB"
         if reason is not None:
@@ -109,20 +134,15 @@ class ModelScorer:
         mine = torch.arange(self.processes.rank, len(tokens), self.processes.count)
         settings: dict[str, Any] = {"temperature": temperature, "filtering": filtering}
         with self.active() as policy, self.processes.accelerator.autocast():
-            plan = micro_batches(
-                tokens.select(mine),
-                max_tokens=self.max_tokens,
-                max_rows=self.max_rows,
-                without_padding=policy.without_padding,
-            )
-            parts = [(rows, tokens.select(rows)) for rows in (mine[chosen] for chosen in plan)]
             sharded = isinstance(policy, FSDPModule)
-            if sharded:
-                # Sharded weights are gathered by all processes together, so that all make the same number of passes.
-                missing = self.processes.maximum(len(parts)) - len(parts)
-                parts += [(torch.zeros(0, dtype=torch.long), _nothing(tokens))] * missing
 
-            def compute() -> dict[str, Tensor]:
+            def parts_of(plan: Sequence[Tensor]) -> list[tuple[Tensor, Tokens]]:
+                parts = [(rows, tokens.select(rows)) for rows in (mine[chosen] for chosen in plan)]
+                # Sharded weights are gathered by all processes together, so that all make the same number of passes.
+                missing = self.processes.maximum(len(parts)) - len(parts) if sharded else 0
+                return parts + [(torch.zeros(0, dtype=torch.long), _nothing(tokens))] * missing
+
+            def compute(parts: Iterable[tuple[Tensor, Tokens]]) -> dict[str, Tensor]:
                 results = {name: torch.zeros(shape) for name, shape in shapes.items()}
                 for rows, part in parts:
                     if sharded:
@@ -132,7 +152,8 @@ class ModelScorer:
                         _put(result, rows, getattr(output, name).float().cpu())
                 return results
 
-            shares = self.processes.together(compute, alone=not sharded)
+            plan = self._plan(tokens.select(mine), policy)
+            shares = self.fitting.together(plan, parts_of, compute, budget=self.max_tokens, alone=not sharded)
         # Every row is computed by one process, and 0 in what the others give.
         return {name: torch.stack([share[name] for share in shares]).sum(0) for name in shapes}
 
@@ -146,22 +167,27 @@ class TextScorer:
 
     def __init__(self, model: Any, processes: Processes, *, max_tokens: int) -> None:
         self.model, self.processes, self.max_tokens = model, processes, max_tokens
+        self.fitting = Fitting(processes, of="the scores", times=2)
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """[N] scores of rows of ids, fp32 on the CPU. Every process is given all rows and scores its share."""
         _, mine = self.processes.share(rows)
 
-        def compute() -> Tensor:
+        lengths = torch.tensor([len(row) for row in mine], dtype=torch.long)
+
+        def compute(plan: Iterable[Tensor]) -> Tensor:
             scores = torch.zeros(len(mine))
-            lengths = torch.tensor([len(row) for row in mine], dtype=torch.long)
             with self.processes.accelerator.autocast():
-                for chosen in plan_micro_batches(lengths, max_tokens=self.max_tokens):
+                for chosen in plan:
                     ids = pad_rows([mine[place] for place in chosen.tolist()]).to(self.model.device)
                     scores[chosen] = self.model(ids, lengths[chosen].to(ids.device)).float().cpu()
             return scores
 
-        return torch.cat(self.processes.together(compute))
+        scores = self.fitting.together(
+            lambda budget: plan_micro_batches(lengths, max_tokens=budget), list, compute, budget=self.max_tokens
+        )
+        return torch.cat(scores)
 
 
 def _put(result: Tensor, rows: Tensor, value: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tropism.errors import NumericsError
 from tropism.training.config import TrainerConfig
+from tropism.training.fitting import Fitting
 from tropism.training.optimizer import rate_factor
 from tropism.training.processes import Processes, micro_batches
 from tropism.training.profiling import stage
@@ -83,6 +84,7 @@ class Trainer:
         self.after_update = after_update
         self.counts = Counts()
         self.total_steps = 0
+        self.fitting = Fitting(processes, of="the update")
         self.sharded = isinstance(policy, FSDPModule)
         for parameter in policy.parameters():
             if parameter.requires_grad:
@@ -157,16 +159,32 @@ class Trainer:
         return metrics
 
     def _accumulate(self, batch: Batch, totals: dict[str, float]) -> Metrics:
-        """Gradients of sum_k loss_k / total_k over all micro-batches of all processes, and the numbers with them."""
-        parts = self._micro_batches(batch)
-        shares = self.processes.together(lambda: self._backward(parts, totals), alone=not self.sharded)
+        """Gradients of sum_k loss_k / total_k over all micro-batches of all processes, and the numbers with them.
+
+        Sums do not depend on how rows are split: where memory runs out, all begin again with smaller micro-batches.
+        """
+        mine = torch.arange(self.processes.rank, len(batch), self.processes.count)
+        own = batch.select(mine)
+        shares = self.fitting.together(
+            lambda budget: micro_batches(
+                own,
+                max_tokens=budget,
+                max_rows=self.config.micro_batch_size,
+                without_padding=self.accelerator.unwrap_model(self.policy).without_padding,
+            ),
+            lambda plan: self._parts(own, plan, batch),
+            lambda parts: self._backward(parts, totals),
+            budget=self.config.micro_batch_tokens,
+            alone=not self.sharded,
+            undo=lambda: self.optimizer.zero_grad(set_to_none=True),
+        )
         metrics = self._reduced([numbers for numbers, _ in shares])
         if not self.sharded:  # there every backward pass exchanges them
             used = set[str]().union(*(names for _, names in shares))
             self.processes.sum_gradients([p for name, p in self.policy.named_parameters() if name in used])
         return metrics
 
-    def _backward(self, parts: list[Batch], totals: dict[str, float]) -> tuple[dict[str, float], set[str]]:
+    def _backward(self, parts: Iterable[Batch], totals: dict[str, float]) -> tuple[dict[str, float], set[str]]:
         """This process's sums, and the names of the weights that have got a gradient from it."""
         sums: dict[str, Tensor] = {}
         # Sharded gradients are averaged over processes, so each sum is scaled by their number.
@@ -175,7 +193,8 @@ class Trainer:
             if self.sharded:
                 self.processes.agree_to_go_on()
             with stage("forward"), self.accelerator.autocast():
-                losses, ratios = self.algorithm.loss(self.policy, part)
+                # Here, one at a time: what all take together is on no device at once, and counts as this one's.
+                losses, ratios = self.algorithm.loss(self.policy, part.to(self.device))
             scaled = {name: loss / totals[name] for name, loss in losses.items() if name in totals}
             with stage("backward"):
                 self.accelerator.backward(scale * torch.stack(list(scaled.values())).sum())
@@ -188,22 +207,12 @@ class Trainer:
         used = {name for name, parameter in self.policy.named_parameters() if parameter.grad is not None}
         return dict(zip(sums, values, strict=True)), used
 
-    def _micro_batches(self, batch: Batch) -> list[Batch]:
-        """This process's rows in micro-batches; with sharded weights every process has as many, some of them empty."""
-        mine = torch.arange(self.processes.rank, len(batch), self.processes.count)
-        config = self.config
-        plan = micro_batches(
-            batch.select(mine),
-            max_tokens=config.micro_batch_tokens,
-            max_rows=config.micro_batch_size,
-            without_padding=self.accelerator.unwrap_model(self.policy).without_padding,
-        )
-        parts = [batch.select(mine[rows]) for rows in plan]
+    def _parts(self, own: Batch, plan: Sequence[Tensor], batch: Batch) -> list[Batch]:
+        """Micro-batches of this process's rows; with sharded weights every process has as many, some of them empty."""
+        parts = [own.select(rows) for rows in plan]
         missing = self.processes.maximum(len(parts)) - len(parts) if self.sharded else 0
-        for _ in range(missing):
-            row = batch.select(torch.zeros(1, dtype=torch.long))
-            parts.append(row.emptied())
-        return [part.to(self.device) for part in parts]
+        parts += [batch.select(torch.zeros(1, dtype=torch.long)).emptied() for _ in range(missing)]
+        return parts
 
     def _reduced(self, shares: list[dict[str, float]]) -> Metrics:
         """The numbers of all processes in one.
