@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 import shlex
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tiny_reward_models import FACTS, tiny_reward_model
 from tiny_runs import METHODS, Setting, assemble, execute
 from tropism.algorithms import ALGORITHMS
 from tropism.commands import COMMANDS
+from tropism.comparing.config import compare_config
 from tropism.config import Recipe, algorithm_from
 from tropism.models.reward_files import save_reward_model
 from tropism.rewards import RewardConfig
@@ -188,13 +190,43 @@ def test_command_lines_are_understood(page: str, line: str, tmp_path: Path) -> N
     module = importlib.import_module(f"tropism.commands.{name}")
     if name == "train":
         check_train(module, arguments)
+    elif name == "compare":
+        check_compare(module, arguments)
     else:
         cli: Any = tyro.cli
+        if name == "data":
+            kind, *arguments = arguments
+            module = types.SimpleNamespace(Options=getattr(module, DATA_SETS[kind]))
         _, unknown = cli(
             module.Options, args=arguments, config=(tyro.conf.FlagCreatePairsOff,), return_unknown_args=True
         )
         # These two also take fields of the recipe.
         assert all("." in word for word in unknown[::2]) if name in ("evaluate", "inspect") else not unknown
+
+
+DATA_SETS = {
+    "real-toxicity-prompts": "RealToxicityPromptsOptions",
+    "dialoconan": "DialoconanOptions",
+    "conan": "ConanOptions",
+}
+"""What `tropism data` makes -> the class of its options."""
+
+
+def check_compare(module: Any, arguments: list[str]) -> None:
+    """The methods and the budget are valid, and so is the recipe with what else is changed."""
+    words = module.take_apart(arguments, module.FLAGS)
+    own, overrides = module.own_options(words.overrides, module.OWN)
+    if "show" in own:
+        assert not words.sources and not overrides
+        return
+    (source,) = words.sources
+    own_recipe = {**SMALL_RECIPE, "reward": "vader", "compare": {"methods": ["sft"], "completions": 512}}
+    mapping = read_yaml(ROOT / source) if (ROOT / source).is_file() else own_recipe
+    mapping = module.with_overrides(mapping, overrides)
+    section = mapping.pop("compare", None)
+    numbers = {name: module._number(own, name) for name in module.NUMBERS if name != "processes"}
+    assert compare_config(section, **{name: own.get(name) for name in ("methods", "seeds", "against")}, **numbers)
+    Recipe.from_mapping({"algorithm": "grpo", **mapping})
 
 
 def check_train(module: Any, arguments: list[str]) -> None:
