@@ -65,7 +65,9 @@ def recipe_of(job: Job) -> Recipe:
         total_steps=NEVER,
         prompts_per_step=work.prompts,
         sampling=Sampling(
-            max_new_tokens=work.max_new_tokens, min_new_tokens=work.max_new_tokens if work.equal_lengths else 0
+            max_new_tokens=work.max_new_tokens,
+            min_new_tokens=work.max_new_tokens if work.equal_lengths else 0,
+            compile=job.compiled,
         ),
         trainer=TrainerConfig(learning_rate=works.LEARNING_RATE, precision=job.precision, progress=False),
     )

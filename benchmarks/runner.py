@@ -176,6 +176,7 @@ def _start(
         model=model,
         precision=system.precision,
         checkpointing=system.checkpointing,
+        compiled=system.compiled,
         work=work,
     )
     worker = Worker(job, timeout=settings.timeout)

@@ -134,6 +134,8 @@ class System:
     kinds: tuple[Kind, ...]
     checkpointing: bool = False
     """Whether activations are recomputed in the backward pass (TRL's default)."""
+    compiled: bool = False
+    """Whether we sample with ``sampling.compile``."""
     default: bool = True
     """Whether it is measured unless --systems says otherwise."""
 
@@ -141,6 +143,14 @@ class System:
 _TRAINING: tuple[Kind, ...] = ("grpo", "rloo", "sft", "dpo")
 _SYSTEMS = (
     System(name="tropism-fp32", module="ours", precision="fp32", ours=True, kinds=(*_TRAINING, "ppo", "rollout")),
+    System(
+        name="tropism-compiled",
+        module="ours",
+        precision="fp32",
+        ours=True,
+        kinds=("grpo", "rloo", "ppo", "rollout"),
+        compiled=True,
+    ),
     System(name="tropism-bf16", module="ours", precision="bf16", ours=True, kinds=(*_TRAINING, "ppo", "rollout")),
     System(name="trl-fp32", module="trl_peer", precision="fp32", ours=False, kinds=_TRAINING),
     System(name="trl-defaults", module="trl_peer", precision="bf16", ours=False, kinds=_TRAINING, checkpointing=True),
@@ -167,6 +177,7 @@ class Job:
     """Folder of the model."""
     precision: Precision = "fp32"
     checkpointing: bool = False
+    compiled: bool = False
     work: Work | None = None
 
     def to_json(self) -> str:

@@ -18,6 +18,7 @@ from tropism.errors import ConfigError
 from tropism.evaluation.heldout import LossEvaluation, Measures
 from tropism.models.loading import LoadedModel
 from tropism.models.policy import Policy
+from tropism.models.sampling_model import check_compiled
 from tropism.recipe_data import Texts, demonstrations_of, prompts_of, scored_of
 from tropism.recipe_episodes import episode_evaluation, episodes_of
 from tropism.recipe_evaluation import evaluation_of, refuse_idle_settings, settings_of
@@ -149,6 +150,8 @@ class RecipeSource:
     def _check_sampling(self, sampling: Sampling) -> None:
         tokenizer, vocabulary = self.loaded.tokenizer, int(self.policy.config.vocab_size)
         check_ends(sampling, tokenizer, vocabulary)
+        if sampling.compile:
+            check_compiled(self.policy.device.type)
         valued = self.policy.q_heads is not None
         check_filters(sampling, tokenizer, self.loaded.tokens.eos_ids, vocabulary, values_actions=valued)
 

@@ -94,8 +94,8 @@ class Watched:
         return getattr(self.policy, name)
 
     @contextmanager
-    def for_sampling(self) -> Iterator[Any]:
-        with self.policy.for_sampling() as model:
+    def for_sampling(self, *, compiled: bool = False) -> Iterator[Any]:
+        with self.policy.for_sampling(compiled=compiled) as model:
             self.model = model
             yield self
 

@@ -8,23 +8,29 @@ from typing import Any
 import pytest
 import torch
 
-from decode_steps import FUSED, NEW, PROMPTS, prefilled
+from decode_steps import FUSED, NEW, PROMPTS, needs_compiler, prefilled
 from tiny_models import FAMILIES, tiny_model
+from tropism.errors import ConfigError
 from tropism.models import packed, sampling_model
+from tropism.models.compiled_llama import CompiledLlamaDecoder
 from tropism.models.lora import LoRA, add_lora
 from tropism.models.policy import Policy
+from tropism.models.sampling_model import check_compiled
 
 
-@pytest.mark.parametrize("smallest", [0, 2**30], ids=["packed", "plain"])
+@pytest.mark.parametrize("smallest", [0, 2**30, None], ids=["packed", "plain", "compiled"])
 @pytest.mark.parametrize("starts", [[0, 0, 0], [2, 2, 2], [0, 4, 1]], ids=["full", "even", "uneven"])
 @pytest.mark.parametrize("lora", [False, True], ids=["", "lora"])
 @pytest.mark.parametrize("family", FUSED)
 @torch.no_grad()
 def test_each_step_is_the_last_column_of_a_full_forward_pass(
-    family: str, lora: bool, starts: list[int], smallest: int, monkeypatch: pytest.MonkeyPatch
+    family: str, lora: bool, starts: list[int], smallest: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three steps, across the end of a sliding window of 4 in the families that have one."""
-    monkeypatch.setattr(packed, "SMALLEST_PACKED", smallest)
+    if smallest is None:
+        needs_compiler()
+    else:
+        monkeypatch.setattr(packed, "SMALLEST_PACKED", smallest)
     model: Any = tiny_model(family)
     if lora:
         model = add_lora(model, LoRA(rank=2), seed=0)
@@ -34,8 +40,9 @@ def test_each_step_is_the_last_column_of_a_full_forward_pass(
     policy = Policy(model)
     begins = torch.tensor(starts)
     cache = prefilled(policy, begins)
-    with policy.for_sampling() as sampling:
+    with policy.for_sampling(compiled=smallest is None) as sampling:
         assert sampling.decoder is not None
+        assert isinstance(sampling.decoder, CompiledLlamaDecoder) == (smallest is None and family != "gpt2")
         for step in range(3):
             ours = sampling.decode(NEW[:, step], cache)
             cache.advance(1)
@@ -71,6 +78,25 @@ def test_an_unknown_variant_is_told_and_not_used(caplog: pytest.LogCaptureFixtur
     assert "gelu" in caplog.text
 
 
+@torch.no_grad()
+def test_a_policy_may_be_compiled_and_not_in_turns() -> None:
+    """Copies of frozen layers are kept from one use to the next, and belong to one kind of kernel."""
+    needs_compiler()
+    policy = Policy(tiny_model("llama").requires_grad_(False))
+    starts = torch.tensor([0, 4, 1])
+    found = []
+    for compiled in (False, True, True, False):
+        with policy.for_sampling(compiled=compiled) as sampling:
+            found.append(sampling.decode(NEW[:, 0], prefilled(policy, starts)))
+    assert torch.equal(found[0], found[3]) and torch.equal(found[1], found[2])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_kernels_are_for_cpus() -> None:
+    with pytest.raises(ConfigError, match=r"sampling\.compile .* for CPUs, and the model is on cuda"):
+        check_compiled("cuda")
+
+
 @pytest.mark.parametrize("family", FUSED)
 @torch.no_grad()
 def test_bf16_stays_near_fp32(family: str) -> None:
@@ -85,15 +111,18 @@ def test_bf16_stays_near_fp32(family: str) -> None:
     assert 0 < (reduced.float() - exact).abs().max() < 0.1 * exact.abs().max()
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("family", FUSED)
 @torch.no_grad()
-def test_weights_of_other_types(family: str, dtype: torch.dtype) -> None:
-    """Fused or not, a step is near the fp32 one."""
+def test_weights_of_other_types(family: str, dtype: torch.dtype, compiled: bool) -> None:
+    """Fused, compiled or neither, a step is near the fp32 one."""
+    if compiled:
+        needs_compiler()
     starts = torch.zeros(3, dtype=torch.long)
     found = []
     for kind in (torch.float32, dtype):
         policy = Policy(tiny_model(family).to(kind))
-        with policy.for_sampling() as sampling:
+        with policy.for_sampling(compiled=compiled) as sampling:
             found.append(sampling.decode(NEW[:, 0], prefilled(policy, starts)).float())
     assert (found[1] - found[0]).abs().max() < 0.1 * found[0].abs().max()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from decode_steps import needs_compiler
 from slow_sampling import (
     PROMPTS,
     greedy,
@@ -68,8 +69,8 @@ class Counting:
         self.slabs: set[tuple[int, ...]] = set()
 
     @contextmanager
-    def for_sampling(self) -> Iterator[Any]:
-        with self.policy.for_sampling() as model:
+    def for_sampling(self, *, compiled: bool = False) -> Iterator[Any]:
+        with self.policy.for_sampling(compiled=compiled) as model:
             self.model, self.cache_dtype = model, model.cache_dtype
             yield self
 
@@ -102,11 +103,18 @@ def test_greedy_with_a_cache_is_greedy_by_full_forward_passes(family: str) -> No
     assert rollouts.temperature == 1.0
 
 
+@pytest.fixture(params=[False, True], ids=["", "compiled"])
+def compiled(request: pytest.FixtureRequest) -> bool:
+    if request.param:
+        needs_compiler()
+    return bool(request.param)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_samples_are_those_of_a_slow_loop_with_the_same_uniforms(family: str) -> None:
+def test_samples_are_those_of_a_slow_loop_with_the_same_uniforms(family: str, compiled: bool) -> None:
     """Rows leave and enter here: 12 rows, 5 places. Prompts and completions exceed the sliding windows."""
     policy = policy_of(family)
-    rollouts = sample(policy, n=2, temperature=0.8, max_new_tokens=8, batch_size=5, first_index=7)
+    rollouts = sample(policy, n=2, temperature=0.8, max_new_tokens=8, batch_size=5, first_index=7, compile=compiled)
     for row, ids in enumerate(completions(rollouts)):
         prompt = PROMPTS[row // 2]
         slow_ids, logprobs = slow_completion(
@@ -125,30 +133,30 @@ def test_samples_are_those_of_a_slow_loop_with_the_same_uniforms(family: str) ->
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_training_forward_gives_the_logprobs_of_sampling(family: str) -> None:
+def test_the_training_forward_gives_the_logprobs_of_sampling(family: str, compiled: bool) -> None:
     policy = policy_of(family)
-    rollouts = sample(policy, n=2, temperature=1.3, top_k=9, max_new_tokens=8, batch_size=3)
+    rollouts = sample(policy, n=2, temperature=1.3, top_k=9, max_new_tokens=8, batch_size=3, compile=compiled)
     with torch.no_grad():
         logprobs = policy(**rollouts.inputs, temperature=rollouts.temperature).logprobs
     torch.testing.assert_close(logprobs, rollouts.logprobs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mistral", "gemma3", "bloom"])
-def test_a_sample_depends_on_no_neighbour_order_padding_batch_size_or_n(family: str) -> None:
+def test_a_sample_depends_on_no_neighbour_order_padding_batch_size_or_n(family: str, compiled: bool) -> None:
     policy = policy_of(family)
-    whole = completions(sample(policy, n=2, max_new_tokens=8))
+    whole = completions(sample(policy, n=2, max_new_tokens=8, compile=compiled))
     assert len({tuple(ids) for ids in whole}) > len(PROMPTS)
     for batch_size in (1, 2, 3, 5):
-        assert completions(sample(policy, n=2, max_new_tokens=8, batch_size=batch_size)) == whole
+        assert completions(sample(policy, n=2, max_new_tokens=8, compile=compiled, batch_size=batch_size)) == whole
     for row in range(len(whole)):
-        alone = sample(policy, [PROMPTS[row // 2]], first_index=row, max_new_tokens=8)
+        alone = sample(policy, [PROMPTS[row // 2]], first_index=row, max_new_tokens=8, compile=compiled)
         assert completions(alone) == [whole[row]]
     single = [ids for prompt in PROMPTS for ids in [prompt] * 2]
-    assert completions(sample(policy, single, max_new_tokens=8)) == whole
+    assert completions(sample(policy, single, max_new_tokens=8, compile=compiled)) == whole
     # Long neighbours add padding to the short prompts, and the last samples keep their index.
-    half = sample(policy, PROMPTS[3:], n=2, first_index=6, max_new_tokens=8)
+    half = sample(policy, PROMPTS[3:], n=2, first_index=6, max_new_tokens=8, compile=compiled)
     assert completions(half) == whole[6:]
-    long = sample(policy, [*PROMPTS, tuple(range(3, 33))], n=2, max_new_tokens=8)
+    long = sample(policy, [*PROMPTS, tuple(range(3, 33))], n=2, max_new_tokens=8, compile=compiled)
     assert completions(long)[:-2] == whole
 
 

@@ -49,6 +49,8 @@ MAY_RUN = {
     "rewards/resolve.py": {"exec", "compile", "importlib.import_module"},
     # llama.cpp's converter, which the user has installed or named.
     "export_gguf.py": {"subprocess"},
+    # The machine's C compiler, on a file of this library, where a recipe asks for compiled kernels.
+    "models/kernels.py": {"subprocess"},
     # Processes of this library's own: one that renders chat templates, those that call rewards, and runs of a sweep.
     "foreign/templates.py": {"subprocess"},
     "rewards/workers.py": {"subprocess"},

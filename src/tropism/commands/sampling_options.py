@@ -29,6 +29,8 @@ class SamplingOptions:
     """A JSON file {token: [tokens that may follow it]}; no other token is sampled."""
     stop: tuple[str, ...] = ()
     """Texts that end a completion."""
+    compile: bool = False
+    """Decode on the CPU in fp32 with kernels that the machine's C compiler builds at first use; faster."""
     seed: int = 0
     """Equal seeds give equal completions."""
     device: str = "auto"

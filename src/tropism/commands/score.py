@@ -26,7 +26,7 @@ DATA = (
 )
 SAMPLING = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
-    *("beta", "allowed_tokens", "stop"),
+    *("beta", "allowed_tokens", "stop", "compile"),
 )
 WITH_MODEL = ("n", "seed", "target_reward", "device", *SAMPLING)
 """Options that mean nothing without --model."""

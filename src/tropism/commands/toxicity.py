@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SAMPLED = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
-    *("beta", "allowed_tokens", "stop"),
+    *("beta", "allowed_tokens", "stop", "compile"),
 )
 START = "start"
 """As --base: the model that a run started from."""

@@ -64,8 +64,9 @@ def refuse_ambiguous_names(settings: Mapping[str, Sampling], terms: Iterable[str
 
 
 def _changed(sampling: Sampling, change: Mapping[str, Any], place: str) -> Sampling:
-    if "batch_size" in change:
-        raise ConfigError(f"{place}.batch_size: it changes no completion; leave it out")
+    for name in ("batch_size", "compile"):
+        if name in change:
+            raise ConfigError(f"{place}.{name}: it changes no completion; leave it out")
     try:
         refuse_sweep(change)
     except ValueError as error:

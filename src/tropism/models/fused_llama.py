@@ -60,7 +60,7 @@ class LlamaDecoder:
             query_norm=_RMSNorm(attention.q_norm) if hasattr(attention, "q_norm") else None,
             key_norm=_RMSNorm(attention.k_norm) if hasattr(attention, "k_norm") else None,
             scale=attention.scaling,
-            window=_window(attention),
+            window=sliding_window(attention),
         )
 
     def step(self, ids: Tensor, slabs: Sequence[Slab], view: View) -> Tensor:
@@ -87,7 +87,8 @@ class LlamaDecoder:
         return self.norm(hidden)
 
 
-def _window(attention: Any) -> int | None:
+def sliding_window(attention: Any) -> int | None:
+    """Tokens that a layer sees; None where it sees all."""
     width = getattr(attention, "sliding_window", None)
     if width is None and attention.config.model_type == "mistral":
         width = attention.config.sliding_window

@@ -7,20 +7,82 @@ so that a layer costs one product instead of three. Weights themselves are never
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tropism.models.kernels import Kernels
+
+Made = TypeVar("Made")
+
 ROWS_HINT = 32
 """Rows that a packed layout is made for; it serves other numbers of rows as well."""
 SMALLEST_PACKED = 2**18
 """Weights with fewer entries stay as they are: their product costs less than the call of the other kernel."""
+
+
+class PackedProduct(Protocol):
+    """x W^T + b with a weight laid out anew."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, in] -> [N, out]."""
+        ...
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """[N, in] and [N, out] -> [N, out]: the product added to ``residual``, all of one dtype."""
+        ...
+
+
+class InnerProduct:
+    """By oneDNN, in its own blocked layout."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        binary = torch.ops.mkldnn._linear_pointwise.binary
+        return binary(x, residual, self.weight, self.bias, "add")  # type: ignore[no-any-return]
+
+
+class CompiledProduct:
+    """By a compiled kernel, in panels of a few columns."""
+
+    def __init__(self, kernels: Kernels, weight: Tensor, bias: Tensor | None) -> None:
+        self.kernels, self.columns = kernels, weight.shape[0]
+        self.weight = kernels.pack([weight])
+        self.bias = None if bias is None else kernels.pack_biases([bias])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.kernels.product(x, self.weight, self.bias, self.columns)
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.kernels.product(x, self.weight, self.bias, self.columns, residual)
+
+
+class GatedProduct:
+    """silu(x W^T + b) (x V^T + c) by a compiled kernel."""
+
+    def __init__(
+        self, kernels: Kernels, weights: tuple[Tensor, Tensor], biases: tuple[Tensor | None, Tensor | None]
+    ) -> None:
+        self.kernels, self.columns = kernels, weights[0].shape[0]
+        self.weights = kernels.pack(weights)
+        given = [w.new_zeros(len(w)) if b is None else b.detach() for w, b in zip(weights, biases, strict=True)]
+        self.biases = None if biases == (None, None) else kernels.pack_biases(given)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, in] -> [N, out]."""
+        return self.kernels.product(x, self.weights, self.biases, self.columns)
 
 
 class Dense:
@@ -31,9 +93,16 @@ class Dense:
         biases: one per matrix, or None.
         dtype: of the arithmetic. bf16 on a CPU that cannot multiply in it is emulated: operands and results are
             rounded to bf16, products and sums are fp32, as bf16 units do it.
+        kernels: compiled ones, for products in fp32 on the CPU.
     """
 
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        dtype: torch.dtype,
+        kernels: Kernels | None = None,
+    ) -> None:
         device = weights[0].device
         self.dtype = dtype
         self.emulated = device.type == "cpu" and dtype == torch.bfloat16 and not cpu_multiplies(dtype)
@@ -49,10 +118,13 @@ class Dense:
             self.parts = [(joined, torch.cat(filled).to(stored) if some_bias else None)]
         else:
             self.parts = list(zip(cast, filled if some_bias else [None] * len(cast), strict=True))
-        self.packed: Tensor | None = None
-        weight, self.bias = self.parts[0]
+        self.packed: PackedProduct | None = None
+        weight, bias = self.parts[0]
         if device.type == "cpu" and weight.numel() >= SMALLEST_PACKED and cpu_packs(stored):
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)
+            self.packed = InnerProduct(weight, bias)
+        if kernels is not None and weight.dtype == torch.float32 and device.type == "cpu":
+            self.packed = CompiledProduct(kernels, weight, bias)
+        if self.packed is not None:
             self.parts = []  # a joined weight is a copy, and of no more use
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -64,15 +136,12 @@ class Dense:
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """[N, in] and [N, out] -> [N, out]: the product added to ``residual``."""
         if self.packed is not None and not self.emulated and x.dtype == residual.dtype == self.dtype:
-            binary = torch.ops.mkldnn._linear_pointwise.binary
-            return binary(x, residual, self.packed, self.bias, "add")  # type: ignore[no-any-return]
+            return self.packed.plus(x, residual)
         return residual + self(x)
 
     def _product(self, x: Tensor) -> Tensor:
         if self.packed is not None:
-            flat = x.reshape(-1, x.shape[-1])
-            out = torch.ops.mkldnn._linear_pointwise(flat, self.packed, self.bias, "none", [], "")
-            return out.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+            return self.packed(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
         results = [nn.functional.linear(x, weight, bias) for weight, bias in self.parts]
         return results[0] if len(results) == 1 else torch.cat(results, dim=-1)
 
@@ -105,25 +174,50 @@ def cpu_packs(dtype: torch.dtype) -> bool:
 
 
 class PackedWeights:
-    """Packed copies of the layers of one model. Those of frozen layers are kept from one use to the next."""
+    """Packed copies of the layers of one model. Those of frozen layers are kept from one use to the next.
 
-    def __init__(self) -> None:
-        self._kept: dict[tuple[int, ...], tuple[Any, Dense]] = {}
+    Args:
+        kernels: compiled ones, which then multiply in fp32 on the CPU; None: torch multiplies.
+    """
+
+    def __init__(self, kernels: Kernels | None = None) -> None:
+        self.kernels = kernels
+        self._kept: dict[tuple[int, ...], tuple[Any, Any]] = {}
 
     def dense(self, modules: Sequence[nn.Module], dtype: torch.dtype) -> Dense | None:
         """These layers, which share their input, as one; None where a layer is of a kind that cannot be packed."""
+        return self._made(modules, dtype, lambda weights, biases: Dense(weights, biases, dtype, self.kernels))
+
+    def gated(self, gate: nn.Module, up: nn.Module) -> GatedProduct | None:
+        """silu(gate(x)) up(x) in fp32 on the CPU; None where a layer cannot be packed, or nothing is compiled."""
+        kernels = self.kernels
+        if kernels is None:
+            return None
+        return self._made(
+            [gate, up],
+            torch.float32,
+            lambda weights, biases: GatedProduct(kernels, (weights[0], weights[1]), (biases[0], biases[1])),
+        )
+
+    def _made(
+        self,
+        modules: Sequence[nn.Module],
+        dtype: torch.dtype,
+        make: Callable[[Sequence[Tensor], Sequence[Tensor | None]], Made],
+    ) -> Made | None:
         key = tuple(id(module) for module in modules)
         stamp = _stamp(modules, dtype)
         if stamp is not None and key in self._kept and self._kept[key][0] == stamp:
-            return self._kept[key][1]
+            return self._kept[key][1]  # type: ignore[no-any-return]
         found = [effective_weight(module) for module in modules]
-        if any(weight is None for weight, _ in found):
+        weights = [weight for weight, _ in found if weight is not None]
+        if len(weights) < len(found):
             return None
-        dense = Dense([weight for weight, _ in found if weight is not None], [bias for _, bias in found], dtype)
+        made = make(weights, [bias for _, bias in found])
         self._kept.pop(key, None)
         if stamp is not None:
-            self._kept[key] = (stamp, dense)
-        return dense
+            self._kept[key] = (stamp, made)
+        return made
 
 
 def _stamp(modules: Sequence[nn.Module], dtype: torch.dtype) -> Any:

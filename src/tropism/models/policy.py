@@ -169,9 +169,9 @@ class Policy(nn.Module):
         with emulation(self.device), slots:
             return self.body(**arguments).last_hidden_state  # type: ignore[no-any-return]
 
-    def for_sampling(self) -> AbstractContextManager[SamplingModel]:
+    def for_sampling(self, *, compiled: bool = False) -> AbstractContextManager[SamplingModel]:
         """A block of passes without gradients on unchanged weights, with what is prepared for them."""
-        return self.sampling_models.ready()
+        return self.sampling_models.ready(compiled=compiled)
 
     def whole(self) -> AbstractContextManager[None]:
         """A block in which no weight is sharded; all processes enter it together. Sampling needs it."""

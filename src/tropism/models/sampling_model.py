@@ -12,10 +12,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from tropism.errors import ModelError
+from tropism.errors import ConfigError, ModelError
 from tropism.models import fused_gpt2, fused_llama
+from tropism.models.compiled_llama import CompiledLlamaDecoder
 from tropism.models.fused import Builder, FusedDecoder, GrowingView, UnsupportedError, agrees
 from tropism.models.graphed import GraphedSteps
+from tropism.models.kernels import Kernels, decode_kernels
 from tropism.models.packed import Dense, PackedWeights, computing_with, cpu_multiplies, layers_with_weights, pack
 from tropism.models.sharding import is_sharded
 
@@ -28,6 +30,8 @@ FUSED: dict[str, Builder] = {
     **dict.fromkeys(fused_llama.FAMILIES, fused_llama.LlamaDecoder),
     **dict.fromkeys(fused_gpt2.FAMILIES, fused_gpt2.GPT2Decoder),
 }
+COMPILED: dict[str, Builder] = dict.fromkeys(fused_llama.FAMILIES, CompiledLlamaDecoder)
+"""Families whose whole step is compiled. Of the others the products alone are."""
 
 
 class SamplingModel:
@@ -133,31 +137,37 @@ class SamplingModels:
     def __init__(self, policy: Any) -> None:
         self.policy = policy
         self.weights = PackedWeights()
-        self._fits: dict[torch.dtype, bool] = {}
+        self._fits: dict[tuple[Builder, torch.dtype], bool] = {}
 
     @contextmanager
-    def ready(self) -> Iterator[SamplingModel]:
+    def ready(self, *, compiled: bool = False) -> Iterator[SamplingModel]:
         """The policy with the weights of this moment; nothing may train inside the block.
+
+        Args:
+            compiled: see ``prepare``.
 
         Raises:
             ModelError: the weights are sharded at this moment.
+            ConfigError: nothing can be compiled here.
         """
         try:
-            prepared = self.prepare()
+            prepared = self.prepare(compiled=compiled)
             with prepared.computing():
                 yield prepared.model
         finally:
             if isinstance(self.policy, FSDPModule):  # copies must not outlive the whole weights they are made of
                 self.weights = PackedWeights()
 
-    def prepare(self, *, fused: bool = True) -> PreparedSampling:
+    def prepare(self, *, fused: bool = True, compiled: bool = False) -> PreparedSampling:
         """What ``ready`` computes with, for a caller who takes one pass at a time and trains in between.
 
         Args:
             fused: let the family's fused step take decode steps; the model's own forward does otherwise.
+            compiled: compute with the compiled kernels of ``models/kernels.py``, in fp32 on the CPU.
 
         Raises:
             ModelError: the weights are sharded at this moment.
+            ConfigError: nothing can be compiled here.
         """
         if is_sharded(self.policy):
             raise ModelError(
@@ -165,6 +175,11 @@ class SamplingModels:
                 "policy.whole() on all processes before any of them samples"
             )
         device = self.policy.device.type
+        kernels = None
+        if compiled:
+            kernels = check_compiled(device)
+        if self.weights.kernels is not kernels:
+            self.weights = PackedWeights(kernels)
         reduced = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if reduced else self.policy.dtype
         # Products are emulated in fp32 there; a model whose own weights are bf16 still attends in bf16.
@@ -179,13 +194,36 @@ class SamplingModels:
         """The family's fused step, or None; one that disagrees with the model is never used again."""
         model = self.policy.language_model
         family = type(model).__name__
-        if family not in FUSED or not self._fits.get(dtype, True):
-            return None
-        try:
-            decoder = FUSED[family](model, self.weights, dtype)
-            if dtype not in self._fits:
-                self._fits[dtype] = agrees(decoder, self.policy, dtype)
-        except (UnsupportedError, AttributeError, TypeError, RuntimeError) as error:  # or the model's code has changed
-            logger.info("no fused decode step for this %s: %s", family, error)
-            self._fits[dtype] = False
-        return decoder if self._fits[dtype] else None
+        builders = [FUSED.get(family)]
+        if self.weights.kernels is not None:
+            builders.insert(0, COMPILED.get(family))
+        for builder in builders:
+            if builder is None or not self._fits.get((builder, dtype), True):
+                continue
+            try:
+                decoder = builder(model, self.weights, dtype)
+                if (builder, dtype) not in self._fits:
+                    self._fits[builder, dtype] = agrees(decoder, self.policy, dtype)
+            except (UnsupportedError, AttributeError, TypeError, RuntimeError) as error:  # or the model's code changed
+                logger.info("no %s for this %s: %s", builder.__name__, family, error)
+                self._fits[builder, dtype] = False
+            if self._fits[builder, dtype]:
+                return decoder
+        return None
+
+
+def check_compiled(device: str) -> Kernels:
+    """The compiled kernels, built if need be.
+
+    Args:
+        device: type of the one that the model is on.
+
+    Raises:
+        ConfigError: it is no CPU, or nothing can be compiled here.
+    """
+    if device != "cpu":
+        raise ConfigError(
+            f"sampling.compile builds decode kernels for CPUs, and the model is on {device}: leave it out (on CUDA "
+            "decode steps are captured in a graph as they are)"
+        )
+    return decode_kernels()

@@ -99,7 +99,7 @@ class EmbeddedSampler:
 
         def decode(waiting: Sequence[Row], width: int) -> None:
             # What is prepared for sampling (a graph over a cache, on CUDA) belongs to one attempt.
-            with policy.for_sampling() as model:
+            with policy.for_sampling(compiled=sampling.compile) as model:
                 own = filters_of(sampling, model, self.tokenizer, self.eos_ids, vocabulary)
                 _Decoder(policy, model, waiting, sampling, key, first_index, (*own, *filters), ends, width).run()
 
