@@ -14,7 +14,7 @@ from tropism.algorithms import GRPO
 from tropism.algorithms.base import Algorithm, AlgorithmConfig, RunFacts
 from tropism.config import Recipe
 from tropism.errors import ConfigError
-from tropism.recipe_changes import Change, Standing, changed_fields, fields_of
+from tropism.recipe_changes import Change, Standing, changed_fields, fields_of, flat_settings, setting_text
 from tropism.rewards import RewardConfig
 from tropism.schema import apply_overrides
 
@@ -418,3 +418,30 @@ def test_what_the_best_is_judged_by_may_not_change(best: str, tmp_path: Path) ->
             changed_fields(folder, other, STANDING)
     else:
         assert len(changed_fields(folder, other, STANDING)) == 1
+
+
+# As sweeps and comparisons tell of it ---------------------------------------------------------------------------------
+
+
+def test_settings_by_dotted_keys() -> None:
+    nested = {"lora": {"rank": 4}, "metrics": {}, "eval_data": None, "seeds": [0, {"a": 1}], 7: {"b": False}}
+    flat = {"lora.rank": 4, "metrics": {}, "eval_data": None, "seeds": [0, {"a": 1}], "7.b": False}
+    assert flat_settings(nested) == flat
+    assert flat_settings({"rank": 4}, "lora") == {"lora.rank": 4}
+    assert flat_settings("demo", "model") == {"model": "demo"}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "not given"),
+        ("Größe", '"Größe"'),
+        ([1, 2.5, False], "[1, 2.5, false]"),
+        (Path("runs/a"), '"runs/a"'),
+        ("a" * 118, '"' + "a" * 118 + '"'),
+        ("a" * 119, '"' + "a" * 116 + "..."),
+    ],
+    ids=["none", "letters", "list", "path", "120", "121"],
+)
+def test_a_setting_in_a_message(value: Any, text: str) -> None:
+    assert setting_text(value) == text

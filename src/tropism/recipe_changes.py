@@ -166,6 +166,26 @@ def _lacking(written: Mapping[str, Any], whole: Mapping[str, Any], path: str = "
     return found
 
 
+def flat_settings(value: Any, path: str = "") -> dict[str, Any]:
+    """Plain settings by their dotted keys; an empty section counts as a value.
+
+    Args:
+        path: dotted key of ``value`` itself.
+    """
+    if not isinstance(value, Mapping) or not value:
+        return {path: value}
+    flat: dict[str, Any] = {}
+    for key, entry in value.items():
+        flat |= flat_settings(entry, f"{path}.{key}" if path else str(key))
+    return flat
+
+
+def setting_text(value: Any) -> str:
+    """A setting as messages show it, in 120 characters at most."""
+    text = "not given" if value is None else json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
 def _is_registered(method: Any) -> bool:
     try:
         method_named(method)

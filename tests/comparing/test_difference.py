@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
+from comparing.simulated import NAMES, PAIRS, Floats, draw
 from tropism.comparing.difference import (
     UNTRAINED,
     Difference,
@@ -17,38 +15,6 @@ from tropism.comparing.difference import (
     own_noise,
     seed_noise,
 )
-
-Floats = NDArray[np.float64]
-
-NAMES = ("a", "b", "c", "d", "e", "f")
-PAIRS = [(one, other) for other, one in itertools.combinations(NAMES, 2)]
-
-
-def draw(
-    rng: np.random.Generator,
-    *,
-    prompts: float,
-    seeds: float,
-    noise: float,
-    count: int = 40,
-    number: int = 3,
-    gain: float = 0,
-    names: Sequence[str] = NAMES,
-) -> dict[str, Floats]:
-    """[S, P] of six methods: prompts differ (most of it alike for all), seeds differ, completions differ.
-
-    ``gain`` is what the last method is better by.
-    """
-    alike = rng.normal(0, 1, count)
-    return {
-        name: alike
-        + rng.normal(0, prompts, count)
-        + rng.normal(0, seeds, (number, 1))
-        + rng.normal(0, noise, (number, count))
-        + (gain if name == NAMES[-1] else 0.0)
-        for name in names
-    }
-
 
 # By hand --------------------------------------------------------------------------------------------------------------
 

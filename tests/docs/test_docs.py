@@ -224,7 +224,7 @@ def check_compare(module: Any, arguments: list[str]) -> None:
     mapping = read_yaml(ROOT / source) if (ROOT / source).is_file() else own_recipe
     mapping = module.with_overrides(mapping, overrides)
     section = mapping.pop("compare", None)
-    numbers = {name: module._number(own, name) for name in module.NUMBERS if name != "processes"}
+    numbers = {name: module.number_option(own, name) for name in module.NUMBERS if name != "processes"}
     assert compare_config(section, **{name: own.get(name) for name in ("methods", "seeds", "against")}, **numbers)
     Recipe.from_mapping({"algorithm": "grpo", **mapping})
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tropism.errors import ConfigError, ModelError
+from tropism.models.modules import replaced_forward
 from tropism.rewards.config import closest
 
 logger = logging.getLogger("tropism")
@@ -218,7 +219,7 @@ def replaced_embeddings(embedding: Any, given: Tensor) -> Iterator[None]:
     Raises:
         ModelError: the model never asks its input embedding.
     """
-    before, plain = vars(embedding).get("forward"), embedding.forward
+    plain = embedding.forward
     asked = False
 
     def forward(ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -229,13 +230,7 @@ def replaced_embeddings(embedding: Any, given: Tensor) -> Iterator[None]:
         asked = True
         return torch.cat([given.to(answer.dtype), answer[:, given.shape[1] :]], dim=1)
 
-    embedding.forward = forward
-    try:
+    with replaced_forward(embedding, forward):
         yield
-    finally:
-        if before is None:
-            del embedding.forward
-        else:
-            embedding.forward = before
     if not asked:
         raise ModelError("the model reads its tokens by another way than its input embedding; take method occlusion")

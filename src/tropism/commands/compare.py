@@ -69,7 +69,7 @@ def run(arguments: Sequence[str]) -> None:
 
     quieten_libraries()
     section = mapping.pop(SECTION, None)
-    numbers = {name: _number(own, name) for name in NUMBERS}
+    numbers = {name: number_option(own, name) for name in NUMBERS}
     processes = numbers.pop("processes") or 1
     texts = {name: own.get(name) for name in ("methods", "seeds", "against")}
     config = compare_config(section, **texts, **numbers)
@@ -124,7 +124,7 @@ def _print(folder: Path, against: str | None = None) -> None:
         out.print(f"report: {written[-1]}", soft_wrap=True)
 
 
-def _number(own: dict[str, str], name: str) -> Any:
+def number_option(own: dict[str, str], name: str) -> Any:
     """The number of an option, None where it was not given."""
     if name not in own:
         return None

@@ -12,6 +12,7 @@ from tropism.comparing.config import CompareConfig
 from tropism.comparing.prompts import ComparedPrompts
 from tropism.config import Recipe
 from tropism.errors import ConfigError, StorageError
+from tropism.recipe_changes import flat_settings, setting_text
 from tropism.recipe_identity import file_digest, model_files, reward_sources
 from tropism.rewards import RewardConfig, RewardTerm
 from tropism.schema import to_plain
@@ -137,7 +138,7 @@ def merged_plan(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any])
     Raises:
         ConfigError: another setting differs; names it.
     """
-    old, new = _flat(before), _flat(now)
+    old, new = flat_settings(before), flat_settings(now)
     methods = [section.get("compare", {}).get("methods", {}) for section in (before, now)]
     both = set(methods[0]) & set(methods[1])
     for name in sorted(both):
@@ -153,21 +154,6 @@ def merged_plan(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any])
 def _refuse(folder: Path, key: str, was: Any, now: Any) -> None:
     what = "its budget was another" if key in ("compare.completions", "compare.seconds") else "its settings were others"
     raise ConfigError(
-        f"{folder} holds a comparison, and {what}: {key} was {_brief(was)} and is {_brief(now)}. Methods and seeds may "
-        "come in, all else stays: choose another folder (--out), or set that back"
+        f"{folder} holds a comparison, and {what}: {key} was {setting_text(was)} and is {setting_text(now)}. Methods "
+        "and seeds may come in, all else stays: choose another folder (--out), or set that back"
     )
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Dotted key -> value."""
-    if not isinstance(value, Mapping) or not value:
-        return {path: value}
-    flat: dict[str, Any] = {}
-    for key, entry in value.items():
-        flat |= _flat(entry, f"{path}.{key}" if path else str(key))
-    return flat
-
-
-def _brief(value: Any) -> str:
-    text = "not given" if value is None else json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tropism.errors import ModelError
+from tropism.models.modules import replaced_forward
 from tropism.ops.slots import read_slots
 
 HIDDEN = ("linear", "add", "replace", "token")
@@ -107,7 +108,6 @@ class RewardSlots(nn.Module):
     @contextmanager
     def embedded(self, embedding: Any) -> Iterator[None]:
         """A block in which the model's input embedding answers ids below 0 with slots."""
-        before = vars(embedding).get("forward")
         plain = embedding.forward
 
         def forward(ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -118,14 +118,8 @@ class RewardSlots(nn.Module):
             base = plain(ids.new_full((1,), self.base_id), *args, **kwargs)[0]
             return answer.index_put((at_slots,), self(ids[at_slots], base).to(answer.dtype))
 
-        embedding.forward = forward
-        try:
+        with replaced_forward(embedding, forward):
             yield
-        finally:
-            if before is None:
-                del embedding.forward
-            else:
-                embedding.forward = before
 
 
 def make_slots(policy_model: Any, *, mechanism: str, rewards: int, bins: int, base_id: int) -> RewardSlots:

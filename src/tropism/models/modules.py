@@ -1,7 +1,9 @@
-"""What is done to a model in memory: unwrapping it, switching dropout off, giving it other weights."""
+"""What is done to a model in memory: unwrapping it, switching dropout off, other weights, another forward."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -37,6 +39,24 @@ def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(inner, PreTrainedModel)
     return inner
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A block in which ``module`` computes ``forward``; then it has again what it was given before, if anything.
+
+    A forward of its own is what an outer block or a library that wraps modules has given it. That of its class is not
+    put into it: a copy of the module would go on computing with the weights of the first.
+    """
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from tropism.errors import ModelError
 from tropism.models.emulation import emulation
 from tropism.models.layout import Padding, join
+from tropism.models.modules import replaced_forward
 from tropism.types import first_with_same_prompt
 
 ROWS_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -219,7 +220,7 @@ def _placed(half: Any, positions: Tensor) -> Iterator[None]:
     if table is None:
         yield
         return
-    before, plain = vars(table).get("forward"), table.forward
+    plain = table.forward
     longest = int(positions.max()) + 1
     any_token = 1 if getattr(table, "padding_idx", None) == 0 else 0
 
@@ -228,11 +229,5 @@ def _placed(half: Any, positions: Tensor) -> Iterator[None]:
         given = torch.full(shape, any_token, device=positions.device) if isinstance(read, Tensor) else torch.Size(shape)
         return plain(given).reshape(longest, -1)[positions]  # type: ignore[no-any-return]
 
-    table.forward = forward
-    try:
+    with replaced_forward(table, forward):
         yield
-    finally:
-        if before is None:
-            del table.forward
-        else:
-            table.forward = before

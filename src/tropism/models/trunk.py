@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from tropism.errors import ModelError, NoRoomError
 from tropism.models.freezing import transformer_blocks
+from tropism.models.modules import replaced_forward
 from tropism.models.rows import TOLERANCE
 from tropism.out_of_memory import is_out_of_memory, reason_of
 from tropism.types import Tokens, length_mask
@@ -202,9 +203,11 @@ class FrozenTrunk:
                 assert self.features.states is not None
                 kept = self.features.states[places]
                 for block, wrap in zip(self.blocks[:-1], self._around, strict=False):
-                    stack.enter_context(_replaced(block, lambda *given, w=wrap, **named: w(_entering(given, named))))
+                    stack.enter_context(
+                        replaced_forward(block, lambda *given, w=wrap, **named: w(_entering(given, named)))
+                    )
                 last = self._around[-1]
-                stack.enter_context(_replaced(self.blocks[-1], lambda *_, **__: last(kept)))
+                stack.enter_context(replaced_forward(self.blocks[-1], lambda *_, **__: last(kept)))
             yield
 
     def _reach(self, places: Tensor, output: Any) -> None:
@@ -335,13 +338,3 @@ def _hook(block: nn.Module, look: Callable[[Any], None]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def _replaced(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """A block in which ``block`` computes ``forward``."""
-    block.forward = forward
-    try:
-        yield
-    finally:
-        del block.forward

@@ -12,6 +12,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from tropism.errors import ConfigError, TropismError
+from tropism.recipe_changes import flat_settings, setting_text
 from tropism.redaction import find_secret, redact
 from tropism.safe_yaml import read_yaml
 from tropism.schema import dump_yaml, to_plain
@@ -250,16 +251,16 @@ class Sweep:
         now = to_plain(self.config)
         free = MAY_GROW if _measured(self.folder) else (*MAY_GROW, *MEASURED)
         changed = {f"sweep: {k}": (before[k], now[k]) for k in now if k not in free and before[k] != now[k]}
-        old, new = _flat(read_yaml(self.folder / "recipe.yaml")), _flat(to_plain(self.base))
+        old, new = flat_settings(read_yaml(self.folder / "recipe.yaml")), flat_settings(to_plain(self.base))
         keys = sorted(old.keys() | new.keys())
         changed |= {f"recipe: {k}": (old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k) and k != "run"}
         if changed:
             name, (was, is_now) = next(iter(changed.items()))
             others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             raise ConfigError(
-                f"{self.folder} holds a sweep with other settings: {name} was {_brief(was)} and is {_brief(is_now)}"
-                f"{others}. Its trials could not be compared with new ones: choose another folder (--out), or set that "
-                "back"
+                f"{self.folder} holds a sweep with other settings: {name} was {setting_text(was)} and is "
+                f"{setting_text(is_now)}{others}. Its trials could not be compared with new ones: choose another "
+                "folder (--out), or set that back"
             )
 
 
@@ -282,18 +283,3 @@ def _measured(folder: Path) -> bool:
         return bool(summary["complete"] or summary["pruned"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Dotted key -> value."""
-    if not isinstance(value, Mapping) or not value:
-        return {path: value}
-    flat: dict[str, Any] = {}
-    for key, entry in value.items():
-        flat |= _flat(entry, f"{path}.{key}" if path else str(key))
-    return flat
-
-
-def _brief(value: Any) -> str:
-    text = "not given" if value is None else json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 120 else text[:117] + "..."
