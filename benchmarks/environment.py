@@ -68,6 +68,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 2, 8], help="samples side by side, a figure each")
     parser.add_argument("--episodes", type=int, default=3, help="counted episodes by step(); one before is not counted")
     parser.add_argument("--observation", choices=("hidden", "ids"), default="hidden")
+    parser.add_argument("--compile", action="store_true", help="decode with compiled kernels")
     parser.add_argument("--threads", type=int, default=physical_cores(), help="default: the cores")
     parser.add_argument("--out", type=Path, help="JSON file; default: benchmarks/results/environment-cpu-<date>.json")
     options = parser.parse_args(arguments)
@@ -92,6 +93,7 @@ def measure(options: argparse.Namespace, samples: int) -> dict[str, Any]:
         max_new_tokens=options.tokens,
         compare_sample=samples,
         observation=options.observation,
+        compile=options.compile,
     )
     never = loaded.tokens.eos_ids
     seconds: dict[str, list[list[float]]] = {"step": [], "reread": []}

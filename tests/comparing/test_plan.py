@@ -50,6 +50,19 @@ def test_a_variant_is_a_method_with_a_field_and_a_line_of_its_own() -> None:
     assert best.best_of == 4
 
 
+def test_a_variant_is_its_method_as_the_recipe_has_it() -> None:
+    section = {
+        "completions": 8,
+        "methods": {"ppo": {"num_epochs": 1, "trainer": {"seed": 3}}, "ppo@slow": {"trainer": {"max_grad_norm": 0.5}}},
+    }
+    slow = {"algorithm": {"num_epochs": 1}, "trainer": {"seed": 3, "max_grad_norm": 0.5}}
+    assert compare_config(section).methods["ppo@slow"] == slow
+    chosen = compare_config(section, methods="ppo@slow,ppo@kl_coef=0.1,grpo@kl_coef=0.1").methods
+    assert chosen["ppo@slow"] == slow
+    assert chosen["ppo@kl_coef=0.1"] == {"algorithm": {"num_epochs": 1, "kl_coef": 0.1}, "trainer": {"seed": 3}}
+    assert chosen["grpo@kl_coef=0.1"] == {"algorithm": {"kl_coef": 0.1}}
+
+
 @pytest.mark.parametrize(
     ("methods", "message"),
     [

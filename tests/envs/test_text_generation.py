@@ -13,6 +13,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from conditioned_policies import conditioned_policy
+from decode_steps import needs_compiler
 from tiny_models import EOS_ID, VOCABULARY, tiny_model, tiny_tokenizer
 from tropism import TextGenerationEnv, TextPolicy
 from tropism.errors import ModelError
@@ -67,10 +68,15 @@ def assert_observes(env: TextGenerationEnv, model: PreTrainedModel, observed: An
 # Observations --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_step_observes_what_one_uncached_pass_over_the_text_would(family: str) -> None:
+def test_every_step_observes_what_one_uncached_pass_over_the_text_would(family: str, compiled: bool) -> None:
+    if compiled:
+        needs_compiler()
     model, random = tiny_model(family), np.random.default_rng(0)
-    env = TextGenerationEnv((model, tiny_tokenizer()), ["hello", "ab"], count_a, max_new_tokens=7, compare_sample=3)
+    env = TextGenerationEnv(
+        (model, tiny_tokenizer()), ["hello", "ab"], count_a, max_new_tokens=7, compare_sample=3, compile=compiled
+    )
     for item in (0, 1):
         observed, _ = env.reset(options={"item": item})
         assert_observes(env, model, observed)

@@ -213,7 +213,7 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(
 
 
 def test_a_damaged_file_is_named(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build_rubbish(compiler: str, source: bytes, library: Path) -> None:
+    def build_rubbish(compiler: list[str], source: bytes, library: Path) -> None:
         library.parent.mkdir(parents=True)
         library.write_bytes(b"not a library")
 

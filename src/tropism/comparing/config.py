@@ -127,9 +127,11 @@ def compare_config(given: Any, **changes: Any) -> CompareConfig:
         raise ConfigError(f"{SECTION}: expected a mapping with methods, seeds and completions, got {given!r:.60}")
     settings = dict(given or {})
     own = _methods(settings.get("methods") or {}, f"{SECTION}.methods")
+    # A variant is its method as the section has it, but for what the variant says.
+    own = {name: merged(own.get(family_of(name), {}), said) for name, said in own.items()}
     if changes.get("methods") is not None:
         chosen = _methods(changes["methods"], "methods")
-        own = {name: {**own.get(name, {}), **chosen[name]} for name in chosen}
+        own = {name: merged(own.get(name, own.get(family_of(name), {})), said) for name, said in chosen.items()}
     if not own:
         raise ConfigError(f"name the methods to compare: --methods sft,ppo,grpo (known: {', '.join(METHODS)})")
     for name in ("completions", "seconds"):  # one on the command line takes the place of both in the file
@@ -170,6 +172,15 @@ def _methods(given: Any, where: str) -> dict[str, dict[str, Any]]:
         _refuse_shared(family_of(known), own, f"{where}.{known}")
         methods[known] = _sorted_in(family_of(known), own, f"{where}.{known}")
     return methods
+
+
+def merged(mapping: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping with the changes in it, at every depth."""
+    result = dict(mapping)
+    for name, value in changes.items():
+        below = result.get(name)
+        result[name] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return result
 
 
 def family_of(method: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tropism.algorithms import RewardConditioned
-from tropism.comparing.config import BEST_OF, OWN_KEYS, CompareConfig, family_of
+from tropism.comparing.config import BEST_OF, OWN_KEYS, CompareConfig, family_of, merged
 from tropism.config import Recipe
 from tropism.data.config import DataConfig
 from tropism.errors import ConfigError
@@ -198,7 +198,7 @@ def _method_values(method: str, own: Mapping[str, Any], mapping: Mapping[str, An
         raise ConfigError("algorithm: expected a mapping of the method's fields")
     if changes.get("algorithm", {}).get("name", name) != name:
         raise ConfigError(f"algorithm.name is {changes['algorithm']['name']!r}; leave the name out")
-    values = _merged(values, changes)
+    values = merged(values, changes)
     values["total_steps"] = 1
     trainer = dict(values.get("trainer") or {})
     evaluation = dict(trainer.get("evaluation") or {})
@@ -213,15 +213,6 @@ def _method_values(method: str, own: Mapping[str, Any], mapping: Mapping[str, An
     if isinstance(sampling, Mapping):
         values["sampling"] = {name: value for name, value in sampling.items() if name != "beta"}
     return values
-
-
-def _merged(mapping: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The mapping with the changes in it, at every depth."""
-    merged = dict(mapping)
-    for name, value in changes.items():
-        below = merged.get(name)
-        merged[name] = _merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return merged
 
 
 def _beta(method: str, own: Mapping[str, Any], mapping: Mapping[str, Any]) -> float:

@@ -60,7 +60,7 @@ class Completing:
         get_reward: asked after every token; None: none.
         episodes: prompts at a time. samples: completions of each.
         max_new_tokens: most tokens of a completion. stop, stop_token_ids: what ends it, beside the model's eos.
-        layer: see ``Decoding``.
+        layer, compiled: see ``Decoding``.
         allow_code: let the reward name code.
 
     Raises:
@@ -81,6 +81,7 @@ class Completing:
         stop_token_ids: Sequence[int],
         prompt_of: Callable[[Any], str | Messages] | None,
         layer: int,
+        compiled: bool,
         allow_code: bool,
     ) -> None:
         if reward is None and get_reward is None:
@@ -99,7 +100,7 @@ class Completing:
         self.items = Items(items, self.model, new_tokens=max_new_tokens, prompt_of=prompt_of)
         self._judge = None if reward is None else Judge(reward, allow_code=allow_code)
         self._get_reward = get_reward
-        self.decoding = Decoding(self.policy, rows=episodes * samples, layer=layer)
+        self.decoding = Decoding(self.policy, rows=episodes * samples, layer=layer, compiled=compiled)
         self._episodes: dict[int, Episode] = {}
 
     def episode(self, place: int) -> Episode:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tropism.errors import ModelError
 from tropism.models.freezing import transformer_blocks
 from tropism.models.policy import Policy
-from tropism.models.sampling_model import PreparedSampling, SamplingModel
+from tropism.models.sampling_model import PreparedSampling, SamplingModel, check_compiled
 from tropism.rollouts.encoded_cache import EncodedCache
 from tropism.rollouts.engine import SLACK
 from tropism.rollouts.prefill import RowCache, prefill, room_for
@@ -28,13 +28,17 @@ class Decoding:
         rows: number of rows.
         layer: whose hidden states to observe: -1 is what the vocabulary projection reads, -1 - k what the last k
             transformer blocks read.
+        compiled: decode with compiled kernels, on the CPU.
 
     Raises:
         ModelError: no such layer.
+        ConfigError: nothing can be compiled here.
     """
 
-    def __init__(self, policy: Policy, *, rows: int, layer: int = -1) -> None:
-        self.policy = policy
+    def __init__(self, policy: Policy, *, rows: int, layer: int = -1, compiled: bool = False) -> None:
+        if compiled:
+            check_compiled(policy.device.type)
+        self.policy, self.compiled = policy, compiled
         self.prompts: list[tuple[int, ...]] = [() for _ in range(rows)]
         self.completions: list[list[int]] = [[] for _ in range(rows)]
         self.hidden = torch.zeros(0)
@@ -118,7 +122,7 @@ class Decoding:
         if self._prepared is not None and self._prepared.up_to_date and room == self._room:
             return
         going, self._growing, self._room = self._growing, [], room
-        self._prepared = self.policy.sampling_models.prepare(fused=self._tap is None)
+        self._prepared = self.policy.sampling_models.prepare(fused=self._tap is None, compiled=self.compiled)
         self._numbers = self._prepared.some_numbers()
         # Captured steps belong to one cache, so both are made anew together.
         self._cache = room_for(

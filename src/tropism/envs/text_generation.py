@@ -38,6 +38,7 @@ class TextGenerationEnv(Env[Any, Any]):
         layer: whose hidden states are observed: -1 is what the vocabulary projection reads, -1 - k what the last k
             transformer blocks read.
         seed: of the choice of items, until ``reset`` gets one.
+        compile: decode on the CPU with compiled kernels, as ``Sampling.compile`` does.
         allow_code: let the reward name code: ``module:function`` or ``file.py:function``.
 
     Raises:
@@ -60,6 +61,7 @@ class TextGenerationEnv(Env[Any, Any]):
         prompt_of: Callable[[Any], str | Messages] | None = None,
         layer: int = -1,
         seed: int = 0,
+        compile: bool = False,
         allow_code: bool = False,
     ) -> None:
         check_settings(observation, compare_sample=compare_sample, max_new_tokens=max_new_tokens)
@@ -76,6 +78,7 @@ class TextGenerationEnv(Env[Any, Any]):
             stop_token_ids=stop_token_ids,
             prompt_of=prompt_of,
             layer=layer,
+            compiled=compile,
             allow_code=allow_code,
         )
         self.policy: Policy = self._completing.policy

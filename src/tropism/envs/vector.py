@@ -59,6 +59,7 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
         prompt_of: Callable[[Any], str | Messages] | None = None,
         layer: int = -1,
         seed: int = 0,
+        compile: bool = False,
         allow_code: bool = False,
     ) -> None:
         check_settings(observation, num_envs=num_envs, max_new_tokens=max_new_tokens)
@@ -75,6 +76,7 @@ class TextGenerationVectorEnv(VectorEnv[Any, Any, Any]):
             stop_token_ids=stop_token_ids,
             prompt_of=prompt_of,
             layer=layer,
+            compiled=compile,
             allow_code=allow_code,
         )
         self.policy, self.tokenizer = self._completing.policy, self._completing.tokenizer

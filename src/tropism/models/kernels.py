@@ -11,11 +11,12 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.resources import files
@@ -24,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _profiler_enabled
 
 from tropism.errors import ConfigError
 
@@ -34,6 +34,8 @@ FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp",
 COMPILERS = ("cc", "gcc", "clang")
 _SHOWN = 5
 """Lines of the compiler's last words that an error shows."""
+_PROFILED: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: False)
+"""Whether a profiler records. torch calls it private, so it may go away."""
 INSTEAD = "or leave sampling.compile out: torch's own kernels need no compiler"
 
 
@@ -155,7 +157,7 @@ class Kernels:
 
 def _recorded(name: str) -> AbstractContextManager[Any]:
     """For ``--profile``, which sees the operators of torch by itself and not what goes past it."""
-    return torch.profiler.record_function(name) if _profiler_enabled() else nullcontext()
+    return torch.profiler.record_function(name) if _PROFILED() else nullcontext()
 
 
 @cache
@@ -180,21 +182,22 @@ def decode_kernels() -> Kernels:
         raise ConfigError(f"the compiled decode kernels {library} do not load ({error}); delete that file") from error
 
 
-def _compiler() -> str:
-    named = os.environ.get("CC")
-    found = next((path for name in ([named] if named else COMPILERS) if (path := shutil.which(name))), None)
-    if found is None:
-        missing = f"CC={named} is no program" if named else f"there is none of {', '.join(COMPILERS)} on PATH"
-        raise ConfigError(
-            f"sampling.compile needs a C compiler with OpenMP, and {missing}: install one (Debian and Ubuntu: apt "
-            f"install gcc), name it in CC, {INSTEAD}"
-        )
-    return found
+def _compiler() -> list[str]:
+    """The command that compiles; CC may name arguments, too."""
+    named = os.environ.get("CC", "").strip()
+    for command in [shlex.split(named)] if named else [[name] for name in COMPILERS]:
+        if shutil.which(command[0]):
+            return command
+    missing = f"CC={named} is no program" if named else f"there is none of {', '.join(COMPILERS)} on PATH"
+    raise ConfigError(
+        f"sampling.compile needs a C compiler with OpenMP, and {missing}: install one (Debian and Ubuntu: apt "
+        f"install gcc), name it in CC, {INSTEAD}"
+    )
 
 
-def _version(compiler: str) -> str:
-    ended = subprocess.run([compiler, "--version"], capture_output=True, text=True, errors="replace", check=False)
-    return f"{compiler} {ended.stdout}"
+def _version(compiler: Sequence[str]) -> str:
+    ended = subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace", check=False)
+    return f"{shutil.which(compiler[0])} {compiler[1:]} {ended.stdout}"
 
 
 def _instructions() -> str:
@@ -206,20 +209,20 @@ def _instructions() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _build(compiler: str, source: bytes, library: Path) -> None:
+def _build(compiler: Sequence[str], source: bytes, library: Path) -> None:
     """Under its name only once it is whole: several processes may build it at once."""
     try:
         library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             written, built = Path(scratch) / "kernels.c", Path(scratch) / "kernels.so"
             written.write_bytes(source)
-            command = [compiler, *FLAGS, str(written), "-o", str(built), "-lm"]
+            command = [*compiler, *FLAGS, str(written), "-o", str(built), "-lm"]
             ended = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
             if ended.returncode != 0:
                 words = " / ".join(ended.stderr.strip().splitlines()[-_SHOWN:])
                 raise ConfigError(
-                    f"sampling.compile: {compiler} did not build the decode kernels: {words:.600}. Name another "
-                    f"compiler in CC (gcc, or clang with OpenMP), {INSTEAD}"
+                    f"sampling.compile: {shlex.join(compiler)} did not build the decode kernels: {words:.600}. Name "
+                    f"another compiler in CC (gcc, or clang with OpenMP), {INSTEAD}"
                 )
             built.replace(library)
     except OSError as error:
