@@ -93,7 +93,7 @@ def measure(settings: Settings, precision: str, minutes: float) -> dict[str, Any
     for point in in_order():
         for kind in KINDS:
             work = point.work(kind)
-            names = [f"tropism-{precision}", f"hf-{precision}"]
+            names = systems_of(precision) if settings.device == "cpu" else systems_of(precision)[:2]
             systems = [SYSTEMS[name] for name in names if kind in SYSTEMS[name].kinds]
             if time.monotonic() > deadline:
                 settings.report(f"{work.name}: left out, the {minutes:g} minutes are over")
@@ -101,6 +101,11 @@ def measure(settings: Settings, precision: str, minutes: float) -> dict[str, Any
             steps = run_work(work, systems, limits[point.size]["folder"], settings)
             measured[work.name] = summarise(work, steps, limits[point.size])
     return {**circumstances(settings), "precision": precision, "limits": public(limits), "points": measured}
+
+
+def systems_of(precision: str) -> list[str]:
+    """Those on the plots; compiled kernels are in fp32."""
+    return [f"tropism-{precision}", f"hf-{precision}", *(["tropism-compiled"] if precision == "fp32" else [])]
 
 
 def in_order() -> Iterator[Point]:
@@ -133,7 +138,7 @@ def plot(result: Mapping[str, Any], kind: Kind, folder: Path) -> Path:
     precision = result["precision"]
     for panel, (axis, line) in zip(panels, points().items(), strict=True):
         there = [point for point in line if point.work(kind).name in result["points"]]
-        for name in (f"tropism-{precision}", f"hf-{precision}"):
+        for name in systems_of(precision):
             values = [_speed(result, point, kind, name) for point in there]
             if any(value is not None for value in values):
                 panel.plot([_x(point, axis) for point in there], values, "o-", label=_label(name))
@@ -170,4 +175,6 @@ def _speed(result: Mapping[str, Any], point: Point, kind: Kind, name: str) -> fl
 
 
 def _label(name: str) -> str:
+    if name == "tropism-compiled":
+        return "tropism, compiled"
     return "tropism" if name.startswith("tropism") else "transformers generate"
