@@ -13,7 +13,10 @@ from tiny_models import tiny_tokenizer
 from tiny_runs import SCORED, Setting, assemble, early_letters
 from tropism.data.config import DataConfig
 from tropism.data.prompts import make_prompts
+from tropism.errors import ConfigError
+from tropism.models.kernels import decode_kernels
 from tropism.rewards import RewardConfig
+from tropism.rollouts.config import Sampling
 
 OFFLINE = Setting("conditioned", adapter=False, family="llama")
 LONG = {
@@ -53,3 +56,18 @@ def test_with_nothing_held_out_the_reward_is_tried_on_a_text_that_leaves_room(
     with caplog.at_level(logging.WARNING):
         assembly.check()
     assert "no text leaves room for a completion beside it" in caplog.text
+
+
+def test_kernels_that_cannot_be_compiled_are_told_of_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    decode_kernels.cache_clear()
+    try:
+        setting, sampling = Setting("grpo", adapter=False, family="llama"), Sampling(max_new_tokens=4, compile=True)
+        with pytest.raises(ConfigError, match=r"sampling\.compile needs a C compiler"):
+            assemble(setting, tmp_path / "run", sampling=sampling)
+        assert not (tmp_path / "run" / "rollouts").exists()
+    finally:
+        decode_kernels.cache_clear()

@@ -244,7 +244,8 @@ class _Sampled:
     @cached_property
     def identity(self) -> str:
         weights = {name: weight.detach() for name, weight in self.policy.policy.named_parameters()}
-        sampling = {**asdict(self.sampling), "batch_size": None, "compile": None}
+        sampling = {**asdict(self.sampling), "batch_size": None}
+        del sampling["compile"]
         asked = [] if self.target is None else [self.target]
         return fingerprint([*self.asked, weights_fingerprint(weights), sampling, self.group, self.key, *asked])
 

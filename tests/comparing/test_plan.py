@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from tropism.comparing.config import compare_config
 from tropism.comparing.plan import method_plans, notes_of, shared_recipe, spendings
 from tropism.config import Recipe
 from tropism.errors import ConfigError
+from tropism.models.kernels import decode_kernels
 
 RECIPE: dict[str, Any] = {
     "model": "demo",
@@ -61,6 +63,10 @@ def test_a_variant_is_its_method_as_the_recipe_has_it() -> None:
     assert chosen["ppo@slow"] == slow
     assert chosen["ppo@kl_coef=0.1"] == {"algorithm": {"num_epochs": 1, "kl_coef": 0.1}, "trainer": {"seed": 3}}
     assert chosen["grpo@kl_coef=0.1"] == {"algorithm": {"kl_coef": 0.1}}
+    called = compare_config(section, methods={"ppo": {"num_epochs": 2}, "ppo@slow": {}}).methods
+    assert called["ppo@slow"]["algorithm"] == called["ppo"]["algorithm"] == {"num_epochs": 2}
+    alone = compare_config(None, methods={"ppo": {"num_epochs": 2}, "ppo@b": {"kl_coef": 0.1}}, completions=8).methods
+    assert alone["ppo@b"]["algorithm"] == {"num_epochs": 2, "kl_coef": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -171,3 +177,16 @@ def test_what_has_to_be_known_of_the_results_is_said() -> None:
 def test_what_is_tried_twice_is_refused(choice: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(choice))} must list each number once"):
         compare_config({"choice": choice}, methods="conditioned", completions=800)
+
+
+def test_kernels_that_cannot_be_compiled_are_told_of_before_anything_is_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    decode_kernels.cache_clear()
+    try:
+        with pytest.raises(ConfigError, match=r"sampling\.compile needs a C compiler"):
+            shared_recipe({**RECIPE, "sampling": {"compile": True}})
+    finally:
+        decode_kernels.cache_clear()

@@ -64,7 +64,7 @@ REFUSED: list[tuple[list[dict[str, Any]], str]] = [
     ([{"temperature": 0.7}, {"temperature": 0.7}], r"sampling\[1\]: temperature=0.7 samples as temperature=0.7 does"),
     ([{"temperature": 0.7}, {"temperature": 0.7, "top_k": 0}], r"sampling\[1\]: .* samples as temperature=0.7 does"),
     ([{"max_new_tokens": 9}], r"sampling\[0\]\.max_new_tokens: 9 is more than sampling\.max_new_tokens=8"),
-    ([{"batch_size": 2}], r"sampling\[0\]\.batch_size: it changes no completion"),
+    ([{"batch_size": 2}], r"sampling\[0\]\.batch_size: it says how completions are computed"),
     ([{}], r"sampling\[0\]: expected changes to the sampling, such as \{temperature: 0\.7\}"),
     ([{"stop": ["x" * 100]}], r"sampling\[0\]: stop=.* would be a part of the names"),
 ]

@@ -13,6 +13,7 @@ from tiny_models import FAMILIES, tiny_model
 from tropism.errors import ConfigError
 from tropism.models import packed, sampling_model
 from tropism.models.compiled_llama import CompiledLlamaDecoder
+from tropism.models.fused_llama import LlamaDecoder
 from tropism.models.lora import LoRA, add_lora
 from tropism.models.policy import Policy
 from tropism.models.sampling_model import check_compiled
@@ -90,6 +91,31 @@ def test_a_policy_may_be_compiled_and_not_in_turns() -> None:
             found.append(sampling.decode(NEW[:, 0], prefilled(policy, starts)))
     assert torch.equal(found[0], found[3]) and torch.equal(found[1], found[2])
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@torch.no_grad()
+def test_what_cannot_be_compiled_whole_is_fused(frozen: bool) -> None:
+    """The packed gate of the compiled step is not taken for the joint layer of the fused one."""
+    needs_compiler()
+    model: Any = tiny_model("llama").requires_grad_(not frozen)
+    model.model.layers[-1].post_attention_layernorm.variance_epsilon *= 2
+    policy, starts = Policy(model), torch.tensor([0, 4, 1])
+    with policy.for_sampling() as sampling:
+        expected = sampling.decode(NEW[:, 0], prefilled(policy, starts))
+    with policy.for_sampling(compiled=True) as sampling:
+        assert isinstance(sampling.decoder, LlamaDecoder)
+        found = sampling.decode(NEW[:, 0], prefilled(policy, starts))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@torch.no_grad()
+def test_a_window_that_is_too_narrow_to_compare_takes_the_models_own_forward(compiled: bool) -> None:
+    if compiled:
+        needs_compiler()
+    with Policy(tiny_model("mistral", sliding_window=2)).for_sampling(compiled=compiled) as sampling:
+        assert sampling.decoder is None
 
 
 def test_compiled_kernels_are_for_cpus() -> None:

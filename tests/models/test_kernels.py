@@ -175,6 +175,54 @@ def test_attention(heads: int, shared: int, size: int, window: int | None, norme
     assert torch.equal(values, wide_values.float())
 
 
+def test_a_long_row(compiled: Kernels) -> None:
+    """More columns than a vector has lanes, on every kind of CPU."""
+    joint, still = random(2, 4, 16), (torch.ones(2, 16), torch.zeros(2, 16))
+    keys, values = random(2, 1, 50, 16, seed=1), random(2, 1, 50, 16, seed=2)
+    starts = torch.tensor([0, 30])
+    wide = keys.double(), values.double()
+    for window in (None, 20):
+        expected = slow_attention(joint, still, (None, None), *wide, starts, cursor=47, window=window)
+        found = compiled.attend(
+            joint, still, (None, None), 0.0, keys, values, starts, cursor=47, window=window, scale=0.3
+        )
+        torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_results_are_in_single_precision_whatever_torch_makes_by_default(dtype: torch.dtype, compiled: Kernels) -> None:
+    x, weight = random(4, 30), random(10, 30, seed=1)
+    torch.set_default_dtype(dtype)
+    try:
+        found = CompiledProduct(compiled, weight, weight[:, 0])(x)
+        normed = compiled.rms_norm(x, weight[0], 1e-5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, x @ weight.T + weight[:, 0])
+    torch.testing.assert_close(normed, torch.nn.functional.rms_norm(x, (30,), weight[0], 1e-5))
+
+
+def test_what_would_be_read_past_its_end_is_refused(compiled: Kernels) -> None:
+    product = CompiledProduct(compiled, random(10, 30), None)
+    with pytest.raises(TypeError, match=r"takes torch.float32 \[2, 30\]"):
+        product(random(2, 29))
+    with pytest.raises(TypeError, match=r"torch\.float64"):
+        product(random(2, 30).double())
+    with pytest.raises(TypeError, match=r"\[2, 10\]"):
+        product.plus(random(2, 30), random(1, 10))
+    joint, still = random(2, 4, 8), (torch.ones(2, 8), torch.zeros(2, 8))
+    keys, values = random(2, 1, 5, 8), random(2, 1, 5, 8)
+    for cursor, starts, error in ((5, [0, 0], ValueError), (4, [0], TypeError)):
+        with pytest.raises(error):
+            compiled.attend(
+                joint, still, (None, None), 0.0, keys, values, torch.tensor(starts), cursor=cursor, window=None, scale=1
+            )
+    with pytest.raises(ValueError, match="do not fit column"):
+        compiled.attend(
+            joint, still, (None, None), 0.0, keys[:1], values[:1], torch.tensor([0, 0]), cursor=1, window=None, scale=1
+        )
+
+
 # Building ------------------------------------------------------------------------------------------------------------
 
 
@@ -214,11 +262,38 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(
 
 def test_a_damaged_file_is_named(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def build_rubbish(compiler: list[str], source: bytes, library: Path) -> None:
-        library.parent.mkdir(parents=True)
         library.write_bytes(b"not a library")
 
     monkeypatch.setattr(kernels_module, "_build", build_rubbish)
-    with pytest.raises(ConfigError, match=r"\.so do not load .*; delete that file"):
+    with pytest.raises(ConfigError, match=r"\.so do not load .* Delete that file"):
+        decode_kernels()
+
+
+def test_what_another_user_has_put_there_is_not_run(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode_kernels()
+    decode_kernels.cache_clear()
+    monkeypatch.setattr(os, "geteuid", lambda: 12345678)
+    with pytest.raises(ConfigError, match="is not this user's own"):
+        decode_kernels()
+
+
+def test_only_this_user_may_write_there(fresh_cache: Path) -> None:
+    fresh_cache.mkdir(parents=True)
+    fresh_cache.chmod(0o777)
+    decode_kernels()
+    assert fresh_cache.stat().st_mode & 0o777 == 0o700
+
+
+def test_kernels_that_compute_something_else_are_not_used(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Kernels, "rms_norm", lambda self, x, weight, epsilon: x)
+    with pytest.raises(ConfigError, match="compute something else than torch"):
+        decode_kernels()
+
+
+@pytest.mark.parametrize("cc", ["gcc 'open", "/dev/null"])
+def test_an_unusable_cc_is_named(cc: str, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", cc)
+    with pytest.raises(ConfigError, match="CC"):
         decode_kernels()
 
 

@@ -127,11 +127,10 @@ def compare_config(given: Any, **changes: Any) -> CompareConfig:
         raise ConfigError(f"{SECTION}: expected a mapping with methods, seeds and completions, got {given!r:.60}")
     settings = dict(given or {})
     own = _methods(settings.get("methods") or {}, f"{SECTION}.methods")
-    # A variant is its method as the section has it, but for what the variant says.
-    own = {name: merged(own.get(family_of(name), {}), said) for name, said in own.items()}
-    if changes.get("methods") is not None:
-        chosen = _methods(changes["methods"], "methods")
-        own = {name: merged(own.get(name, own.get(family_of(name), {})), said) for name, said in chosen.items()}
+    chosen = own if changes.get("methods") is None else _methods(changes["methods"], "methods")
+    both = {name: merged(own.get(name, {}), chosen.get(name, {})) for name in own | chosen}
+    # A variant is its method as it stands here, but for what the variant says.
+    own = {name: merged(both.get(family_of(name), {}), both[name]) for name in chosen}
     if not own:
         raise ConfigError(f"name the methods to compare: --methods sft,ppo,grpo (known: {', '.join(METHODS)})")
     for name in ("completions", "seconds"):  # one on the command line takes the place of both in the file

@@ -12,6 +12,8 @@ from tropism.comparing.config import BEST_OF, OWN_KEYS, CompareConfig, family_of
 from tropism.config import Recipe
 from tropism.data.config import DataConfig
 from tropism.errors import ConfigError
+from tropism.models.loading import ModelConfig, device_named
+from tropism.models.sampling_model import check_compiled
 from tropism.rewards.resolve import check_allowed
 from tropism.rollouts.config import Sampling
 
@@ -81,7 +83,8 @@ def shared_recipe(mapping: Mapping[str, Any]) -> Recipe:
     """What all methods have: the recipe without its method and its steps.
 
     Raises:
-        ConfigError: it cannot be built, or has no reward or no held-out prompts, or would choose weights by these.
+        ConfigError: it cannot be built, or has no reward or no held-out prompts, or would choose weights by these, or
+            asks for kernels that cannot be compiled.
     """
     values = {k: v for k, v in mapping.items() if k not in ("algorithm", "total_steps", "run", "prompts_per_step")}
     if values.get("reward") is None:
@@ -114,6 +117,9 @@ def shared_recipe(mapping: Mapping[str, Any]) -> Recipe:
                 f"reward {name!r} is a function of this program, which the processes of the cells cannot reach; give "
                 "its name (tropism.register works in this process only), or file.py:function with --allow-code"
             )
+    if recipe.sampling.compile:
+        device = recipe.model.device if isinstance(recipe.model, ModelConfig) else "auto"
+        check_compiled(device_named(device).type)
     return recipe
 
 

@@ -62,7 +62,8 @@ def facts_path(path: Path) -> Path:
 def facts_of(recipe: Recipe, training: Sequence[Prompt], *, completions: int, seed: int) -> PoolFacts:
     """The facts of the pool that a budget asks for."""
     chosen = prompts_of_pool(len(training), completions=completions, least=GROUP, seed=seed)
-    sampling = {**asdict(recipe.sampling), "batch_size": None, "compile": None, "beta": None}
+    sampling = {**asdict(recipe.sampling), "batch_size": None, "beta": None}
+    del sampling["compile"]
     return PoolFacts(
         completions=completions,
         prompts=len(chosen),

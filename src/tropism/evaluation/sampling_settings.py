@@ -66,7 +66,9 @@ def refuse_ambiguous_names(settings: Mapping[str, Sampling], terms: Iterable[str
 def _changed(sampling: Sampling, change: Mapping[str, Any], place: str) -> Sampling:
     for name in ("batch_size", "compile"):
         if name in change:
-            raise ConfigError(f"{place}.{name}: it changes no completion; leave it out")
+            raise ConfigError(
+                f"{place}.{name}: it says how completions are computed, not which; set it in sampling, for all"
+            )
     try:
         refuse_sweep(change)
     except ValueError as error:

@@ -42,7 +42,8 @@ class CompiledLlamaDecoder:
         body, config = model.base_model, model.config
         if config.hidden_act != "silu":
             raise UnsupportedError(f"activation {config.hidden_act}")
-        if weights.kernels is None or dtype != torch.float32 or body.norm.weight.dtype != torch.float32:
+        whole = all(parameter.dtype == torch.float32 for parameter in body.parameters())
+        if weights.kernels is None or dtype != torch.float32 or not whole:
             raise UnsupportedError("compiled steps are in float32")
         self.kernels: Kernels = weights.kernels
         self.embed, self.norm, self.rotary = body.embed_tokens, body.norm.weight.detach(), body.rotary_emb

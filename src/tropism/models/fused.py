@@ -178,6 +178,8 @@ class _Probe:
             slab = nn.Module()
             for name in ("keys", "values"):
                 states = getattr(layer, name)
+                if states.shape[2] < tokens:
+                    raise UnsupportedError("the model's own cache keeps fewer tokens than are compared")
                 room = states.new_zeros(*states.shape[:2], 1, states.shape[3])
                 setattr(slab, name, torch.cat([states, room], dim=2))
             self.slabs.append(slab)

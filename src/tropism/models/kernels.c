@@ -8,10 +8,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
 #define LANES 16
-#else
+#elif defined(__AVX__)
 #define LANES 8
+#else
+#define LANES 4
 #endif
 #define VECTORS 3               /* of a tile's row: with four rows twelve sums, three weights and one input fill the registers */
 #define PANEL (VECTORS * LANES) /* columns of the result that a packed weight keeps side by side */

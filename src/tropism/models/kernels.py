@@ -31,7 +31,9 @@ from tropism.errors import ConfigError
 logger = logging.getLogger("tropism")
 
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
-COMPILERS = ("cc", "gcc", "clang")
+COMPILERS = ("gcc", "cc", "clang")
+PATIENCE = 120
+"""Seconds until a compiler is given up."""
 _SHOWN = 5
 """Lines of the compiler's last words that an error shows."""
 _PROFILED: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: False)
@@ -64,10 +66,11 @@ class Kernels:
     def pack(self, weights: Sequence[Tensor]) -> Tensor:
         """Weights [out, in] of one shape -> panels [P, K, in, panel], those of the K weights in turns."""
         out, into = weights[0].shape
-        packed = torch.empty(-(-out // self.panel), len(weights), into, self.panel)
+        packed = _room(-(-out // self.panel), len(weights), into, self.panel)
         for place, weight in enumerate(weights):
             whole = weight.contiguous()
-            self._pack(whole.data_ptr(), packed.data_ptr(), out, into, len(weights), place, torch.get_num_threads())
+            given = _pointer(whole, (out, into))
+            self._pack(given, packed.data_ptr(), out, into, len(weights), place, torch.get_num_threads())
         return packed
 
     def pack_biases(self, biases: Sequence[Tensor]) -> Tensor:
@@ -84,14 +87,15 @@ class Kernels:
             bias: of ``pack_biases``. residual: [N, columns].
         """
         x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-        rows, into = x.shape
-        out = torch.empty(rows, columns)
+        rows, into = len(x), packed.shape[2]
+        panels = -(-columns // self.panel)
+        out = _room(rows, columns)
         with _recorded("tropism::product"):
             self._product(
-                x.data_ptr(),
-                packed.data_ptr(),
-                None if bias is None else bias.data_ptr(),
-                None if residual is None else residual.data_ptr(),
+                _pointer(x, (rows, into)),
+                _pointer(packed, (panels, packed.shape[1], into, self.panel)),
+                None if bias is None else _pointer(bias, (panels, packed.shape[1], self.panel)),
+                None if residual is None else _pointer(residual, (rows, columns)),
                 out.data_ptr(),
                 *(rows, into, columns, packed.shape[1] - 1),
                 torch.get_num_threads(),
@@ -101,9 +105,11 @@ class Kernels:
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """[N, n] -> x / sqrt(mean(x^2) + epsilon) weight."""
         x = x.contiguous()
-        out = torch.empty_like(x)
+        rows, size = x.shape
+        out = _room(rows, size)
+        given = _pointer(x, (rows, size)), _pointer(weight, (size,)), out.data_ptr()
         with _recorded("tropism::rms_norm"):
-            self._rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), *x.shape, epsilon, torch.get_num_threads())
+            self._rms_norm(*given, rows, size, epsilon, torch.get_num_threads())
         return out
 
     def attend(
@@ -132,19 +138,24 @@ class Kernels:
         Returns:
             [R, Q * D].
         """
-        rows, _, size = joint.shape
-        shared, columns = keys.shape[1:3]
-        heads = joint.shape[1] - 2 * shared
-        out = torch.empty(rows, heads * size)
+        rows, all_heads, size = joint.shape
+        slots, shared, columns = keys.shape[:3]
+        heads = all_heads - 2 * shared
+        if not (0 <= cursor < columns and rows <= slots and size % 2 == 0 and heads > 0 and heads % shared == 0):
+            raise ValueError(
+                f"{rows} rows of {heads} query heads of {size} numbers do not fit column {cursor} of keys "
+                f"{tuple(keys.shape)}"
+            )
+        out = _room(rows, heads * size)
         with _recorded("tropism::attend"):
             failed = self._attend(
-                joint.data_ptr(),
-                *(angle.data_ptr() for angle in angles),
-                *(None if norm is None else norm.data_ptr() for norm in norms),
+                _pointer(joint, (rows, all_heads, size)),
+                *(_pointer(angle, (rows, size)) for angle in angles),
+                *(None if norm is None else _pointer(norm, (size,)) for norm in norms),
                 epsilon,
-                keys.data_ptr(),
-                values.data_ptr(),
-                starts.data_ptr(),
+                _pointer(keys, (slots, shared, columns, size)),
+                _pointer(values, (slots, shared, columns, size)),
+                _pointer(starts, (rows,), torch.int64),
                 out.data_ptr(),
                 *(rows, heads, shared, size, columns, cursor, window or 0),
                 scale,
@@ -153,6 +164,25 @@ class Kernels:
         if failed:
             raise MemoryError("no room for the attention scores of one decode step")
         return out
+
+
+def _room(*shape: int) -> Tensor:
+    """For results, whatever torch's default type and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _pointer(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
+    """Where the numbers are; C would read, and write, past anything else than what it expects.
+
+    Raises:
+        TypeError: the tensor is something else.
+    """
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise TypeError(
+            f"a compiled kernel takes {dtype} {list(shape)}, contiguous on the CPU, and got {tensor.dtype} "
+            f"{list(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+        )
+    return tensor.data_ptr()
 
 
 def _recorded(name: str) -> AbstractContextManager[Any]:
@@ -170,22 +200,97 @@ def decode_kernels() -> Kernels:
     source = files("tropism.models").joinpath("kernels.c").read_bytes()
     compiler = _compiler()
     named = "\n".join([_version(compiler), *FLAGS, platform.machine(), _instructions()])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tropism" / "kernels"
+    folder = _folder()
     library = folder / f"{hashlib.sha256(source + named.encode()).hexdigest()[:24]}.so"
     if not library.is_file():
         began = time.perf_counter()
         _build(compiler, source, library)
         logger.info("compiled the decode kernels in %.1f s; kept as %s", time.perf_counter() - began, library)
+    _check_owner(library)
     try:
-        return Kernels(library)
+        kernels = Kernels(library)
     except (OSError, AttributeError) as error:
-        raise ConfigError(f"the compiled decode kernels {library} do not load ({error}); delete that file") from error
+        raise ConfigError(
+            f"sampling.compile: the decode kernels {library} do not load ({error}). Delete that file; where files "
+            f"there may not be run, set XDG_CACHE_HOME to another folder, {INSTEAD}"
+        ) from error
+    if not _right(kernels):
+        raise ConfigError(
+            f"sampling.compile: the decode kernels that {shlex.join(compiler)} built compute something else than torch "
+            f"does; name another compiler in CC, {INSTEAD}"
+        )
+    return kernels
+
+
+def _right(kernels: Kernels) -> bool:
+    """Whether products of one and of several rows, gated ones, a norm and attention are those of torch."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    rows, inner, columns, size, cursor = 5, 30, kernels.panel + 3, 8, 20
+    x, weights, bias = random(rows, inner), [random(columns, inner) for _ in range(2)], random(columns)
+    residual = random(rows, columns)
+    product = kernels.product(x, kernels.pack(weights[:1]), kernels.pack_biases([bias]), columns, residual)
+    alone = kernels.product(x[:1], kernels.pack(weights[:1]), None, columns)
+    gated = kernels.product(x, kernels.pack(weights), None, columns)
+    first, second = (x @ weight.T for weight in weights)
+    keys, values, starts = random(2, 1, cursor + 1, size), random(2, 1, cursor + 1, size), torch.tensor([0, 3])
+    joint, still = random(2, 4, size), (torch.ones(2, size, device="cpu"), torch.zeros(2, size, device="cpu"))
+    seen = kernels.attend(
+        joint, still, (None, None), 0.0, keys, values, starts.cpu(), cursor=cursor, window=None, scale=0.5
+    )
+    expected = [  # after the call, which has put the new keys and values where they belong
+        ((0.5 * joint[row, :2] @ keys[row, 0, begin:].T).softmax(-1) @ values[row, 0, begin:]).flatten()
+        for row, begin in enumerate((0, 3))
+    ]
+    pairs = [
+        (product, first + bias + residual),
+        (alone, first[:1]),
+        (gated, torch.nn.functional.silu(first) * second),
+        (kernels.rms_norm(x, x[0], 1e-5), torch.nn.functional.rms_norm(x, (inner,), x[0], 1e-5)),
+        (seen, torch.stack(expected)),
+    ]
+    return all(torch.allclose(found, right, rtol=1e-4, atol=1e-4) for found, right in pairs)
+
+
+def _folder() -> Path:
+    """Where built kernels are kept: of this user alone, since what lies there is run."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tropism" / "kernels"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_owner(folder)
+        folder.chmod(0o700)
+    except (OSError, RuntimeError) as error:  # the latter where the user has no home
+        raise ConfigError(
+            f"sampling.compile: there is no folder to keep the decode kernels in ({error}); set XDG_CACHE_HOME to one "
+            f"that can be written, {INSTEAD}"
+        ) from error
+    return folder
+
+
+def _check_owner(path: Path) -> None:
+    """Code that somebody else has put there is not run.
+
+    Raises:
+        ConfigError: it is another user's, or a link.
+    """
+    if os.name == "posix" and (path.is_symlink() or path.lstat().st_uid != os.geteuid()):
+        raise ConfigError(
+            f"sampling.compile: {path} is not this user's own, and what lies there would be run; set XDG_CACHE_HOME to "
+            f"a folder of yours, {INSTEAD}"
+        )
 
 
 def _compiler() -> list[str]:
     """The command that compiles; CC may name arguments, too."""
     named = os.environ.get("CC", "").strip()
-    for command in [shlex.split(named)] if named else [[name] for name in COMPILERS]:
+    try:
+        commands = [shlex.split(named)] if named else [[name] for name in COMPILERS]
+    except ValueError:  # an open quote
+        commands = [[named]]
+    for command in commands:
         if shutil.which(command[0]):
             return command
     missing = f"CC={named} is no program" if named else f"there is none of {', '.join(COMPILERS)} on PATH"
@@ -196,8 +301,16 @@ def _compiler() -> list[str]:
 
 
 def _version(compiler: Sequence[str]) -> str:
-    ended = subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace", check=False)
-    return f"{shutil.which(compiler[0])} {compiler[1:]} {ended.stdout}"
+    return f"{shutil.which(compiler[0])} {compiler[1:]} {_run([*compiler, '--version']).stdout}"
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=PATIENCE)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(
+            f"sampling.compile: {command[0]} could not be run ({error}); name another compiler in CC, {INSTEAD}"
+        ) from error
 
 
 def _instructions() -> str:
@@ -212,12 +325,10 @@ def _instructions() -> str:
 def _build(compiler: Sequence[str], source: bytes, library: Path) -> None:
     """Under its name only once it is whole: several processes may build it at once."""
     try:
-        library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             written, built = Path(scratch) / "kernels.c", Path(scratch) / "kernels.so"
             written.write_bytes(source)
-            command = [*compiler, *FLAGS, str(written), "-o", str(built), "-lm"]
-            ended = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+            ended = _run([*compiler, *FLAGS, str(written), "-o", str(built), "-lm"])
             if ended.returncode != 0:
                 words = " / ".join(ended.stderr.strip().splitlines()[-_SHOWN:])
                 raise ConfigError(

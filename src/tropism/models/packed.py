@@ -8,7 +8,7 @@ so that a layer costs one product instead of three. Weights themselves are never
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any, Protocol, TypeVar
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tropism.models.kernels import Kernels
+from tropism.models.modules import replaced_forward
 
 Made = TypeVar("Made")
 
@@ -76,8 +77,11 @@ class GatedProduct:
         self, kernels: Kernels, weights: tuple[Tensor, Tensor], biases: tuple[Tensor | None, Tensor | None]
     ) -> None:
         self.kernels, self.columns = kernels, weights[0].shape[0]
-        self.weights = kernels.pack(weights)
-        given = [w.new_zeros(len(w)) if b is None else b.detach() for w, b in zip(weights, biases, strict=True)]
+        self.weights = kernels.pack([weight.float() for weight in weights])
+        given = [
+            torch.zeros_like(w[:, 0], dtype=torch.float32) if b is None else b.detach().float()
+            for w, b in zip(weights, biases, strict=True)
+        ]
         self.biases = None if biases == (None, None) else kernels.pack_biases(given)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -120,10 +124,10 @@ class Dense:
             self.parts = list(zip(cast, filled if some_bias else [None] * len(cast), strict=True))
         self.packed: PackedProduct | None = None
         weight, bias = self.parts[0]
-        if device.type == "cpu" and weight.numel() >= SMALLEST_PACKED and cpu_packs(stored):
-            self.packed = InnerProduct(weight, bias)
         if kernels is not None and weight.dtype == torch.float32 and device.type == "cpu":
             self.packed = CompiledProduct(kernels, weight, bias)
+        elif device.type == "cpu" and weight.numel() >= SMALLEST_PACKED and cpu_packs(stored):
+            self.packed = InnerProduct(weight, bias)
         if self.packed is not None:
             self.parts = []  # a joined weight is a copy, and of no more use
 
@@ -182,11 +186,12 @@ class PackedWeights:
 
     def __init__(self, kernels: Kernels | None = None) -> None:
         self.kernels = kernels
-        self._kept: dict[tuple[int, ...], tuple[Any, Any]] = {}
+        self._kept: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 
     def dense(self, modules: Sequence[nn.Module], dtype: torch.dtype) -> Dense | None:
         """These layers, which share their input, as one; None where a layer is of a kind that cannot be packed."""
-        return self._made(modules, dtype, lambda weights, biases: Dense(weights, biases, dtype, self.kernels))
+        kernels = self.kernels
+        return self._made("dense", modules, dtype, lambda weights, biases: Dense(weights, biases, dtype, kernels))
 
     def gated(self, gate: nn.Module, up: nn.Module) -> GatedProduct | None:
         """silu(gate(x)) up(x) in fp32 on the CPU; None where a layer cannot be packed, or nothing is compiled."""
@@ -194,6 +199,7 @@ class PackedWeights:
         if kernels is None:
             return None
         return self._made(
+            "gated",
             [gate, up],
             torch.float32,
             lambda weights, biases: GatedProduct(kernels, (weights[0], weights[1]), (biases[0], biases[1])),
@@ -201,11 +207,12 @@ class PackedWeights:
 
     def _made(
         self,
+        kind: str,
         modules: Sequence[nn.Module],
         dtype: torch.dtype,
         make: Callable[[Sequence[Tensor], Sequence[Tensor | None]], Made],
     ) -> Made | None:
-        key = tuple(id(module) for module in modules)
+        key = (kind, *(id(module) for module in modules))
         stamp = _stamp(modules, dtype)
         if stamp is not None and key in self._kept and self._kept[key][0] == stamp:
             return self._kept[key][1]  # type: ignore[no-any-return]
@@ -268,15 +275,10 @@ def pack(layers: Sequence[nn.Module], weights: PackedWeights, dtype: torch.dtype
 @contextmanager
 def computing_with(packed: Sequence[tuple[Any, Dense]]) -> Iterator[None]:
     """Inside the block these layers compute with their packed weights. No gradient passes through them."""
-    changed: list[Any] = []
-    try:
+    with ExitStack() as block:
         for layer, dense in packed:
-            layer.forward = _forward_of(dense)
-            changed.append(layer)
+            block.enter_context(replaced_forward(layer, _forward_of(dense)))
         yield
-    finally:
-        for layer in changed:
-            del layer.forward
 
 
 @contextmanager

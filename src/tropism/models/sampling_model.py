@@ -20,6 +20,7 @@ from tropism.models.graphed import GraphedSteps
 from tropism.models.kernels import Kernels, decode_kernels
 from tropism.models.packed import Dense, PackedWeights, computing_with, cpu_multiplies, layers_with_weights, pack
 from tropism.models.sharding import is_sharded
+from tropism.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger("tropism")
 
@@ -32,6 +33,10 @@ FUSED: dict[str, Builder] = {
 }
 COMPILED: dict[str, Builder] = dict.fromkeys(fused_llama.FAMILIES, CompiledLlamaDecoder)
 """Families whose whole step is compiled. Of the others the products alone are."""
+
+
+NOT_FUSED = (UnsupportedError, AttributeError, TypeError, ValueError, IndexError, RuntimeError)
+"""What a step says of a model that it does not cover, or whose code has changed."""
 
 
 class SamplingModel:
@@ -137,7 +142,7 @@ class SamplingModels:
     def __init__(self, policy: Any) -> None:
         self.policy = policy
         self.weights = PackedWeights()
-        self._fits: dict[tuple[Builder, torch.dtype], bool] = {}
+        self._fits: dict[tuple[Builder, torch.dtype, bool], bool] = {}
 
     @contextmanager
     def ready(self, *, compiled: bool = False) -> Iterator[SamplingModel]:
@@ -197,17 +202,20 @@ class SamplingModels:
         builders = [FUSED.get(family)]
         if self.weights.kernels is not None:
             builders.insert(0, COMPILED.get(family))
-        for builder in builders:
-            if builder is None or not self._fits.get((builder, dtype), True):
+        for builder in filter(None, builders):
+            kind = (builder, dtype, self.weights.kernels is not None)
+            if not self._fits.get(kind, True):
                 continue
             try:
                 decoder = builder(model, self.weights, dtype)
-                if (builder, dtype) not in self._fits:
-                    self._fits[builder, dtype] = agrees(decoder, self.policy, dtype)
-            except (UnsupportedError, AttributeError, TypeError, RuntimeError) as error:  # or the model's code changed
+                if kind not in self._fits:
+                    self._fits[kind] = agrees(decoder, self.policy, dtype)
+            except NOT_FUSED as error:
+                if is_out_of_memory(error):
+                    raise
                 logger.info("no %s for this %s: %s", builder.__name__, family, error)
-                self._fits[builder, dtype] = False
-            if self._fits[builder, dtype]:
+                self._fits[kind] = False
+            if self._fits[kind]:
                 return decoder
         return None
 

@@ -106,7 +106,8 @@ def plain_settings(generation: Generation) -> dict[str, Any]:
     such as top_k 50."""
     if isinstance(generation, Sampling):
         settings: dict[str, Any] = to_plain(generation)
-        settings.pop("batch_size")  # changes no completion
+        for name in ("batch_size", "compile"):  # how they are computed, not what
+            settings.pop(name)
         return {"engine": "tropism", **settings}
     filled = copy.deepcopy(generation)
     filled.update(**filled._get_default_generation_params(), defaults_only=True)
