@@ -113,6 +113,7 @@ CHANGED: dict[str, Any] = {
     "sampling.truncation.after": 3,
     "sampling.truncation.beyond": "train",
     "sampling.batch_size": 8,
+    "sampling.compile": True,
     "lora.rank": 8,
     "lora.alpha": 3.0,
     "lora.targets": ["q_proj"],
