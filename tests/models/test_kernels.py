@@ -238,6 +238,16 @@ def test_they_are_built_once_and_the_log_says_how_long_it_took(
     decode_kernels()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_they_are_checked_alike_under_autocast_and_other_defaults(fresh_cache: Path, dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            decode_kernels()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_without_a_compiler_the_error_says_what_to_install(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "")

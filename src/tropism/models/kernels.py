@@ -222,6 +222,8 @@ def decode_kernels() -> Kernels:
     return kernels
 
 
+@torch.autocast("cpu", enabled=False)
+@torch.no_grad()
 def _right(kernels: Kernels) -> bool:
     """Whether products of one and of several rows, gated ones, a norm and attention are those of torch."""
     generator = torch.Generator(device="cpu").manual_seed(0)
@@ -236,10 +238,16 @@ def _right(kernels: Kernels) -> bool:
     alone = kernels.product(x[:1], kernels.pack(weights[:1]), None, columns)
     gated = kernels.product(x, kernels.pack(weights), None, columns)
     first, second = (x @ weight.T for weight in weights)
-    keys, values, starts = random(2, 1, cursor + 1, size), random(2, 1, cursor + 1, size), torch.tensor([0, 3])
-    joint, still = random(2, 4, size), (torch.ones(2, size, device="cpu"), torch.zeros(2, size, device="cpu"))
+    keys, values, starts = (
+        random(2, 1, cursor + 1, size),
+        random(2, 1, cursor + 1, size),
+        torch.tensor([0, 3], device="cpu"),
+    )
+    joint, angles = random(2, 4, size), torch.zeros(2, 2, size, dtype=torch.float32, device="cpu")
+    angles[0] = 1.0  # cosines of a position that turns nothing, and sines
+    turn_nothing = angles[0], angles[1]
     seen = kernels.attend(
-        joint, still, (None, None), 0.0, keys, values, starts.cpu(), cursor=cursor, window=None, scale=0.5
+        joint, turn_nothing, (None, None), 0.0, keys, values, starts, cursor=cursor, window=None, scale=0.5
     )
     expected = [  # after the call, which has put the new keys and values where they belong
         ((0.5 * joint[row, :2] @ keys[row, 0, begin:].T).softmax(-1) @ values[row, 0, begin:]).flatten()
