@@ -214,7 +214,9 @@ def decode_kernels() -> Kernels:
             f"sampling.compile: the decode kernels {library} do not load ({error}). Delete that file; where files "
             f"there may not be run, set XDG_CACHE_HOME to another folder, {INSTEAD}"
         ) from error
-    if not _right(kernels):
+    with torch.autocast("cpu", enabled=False), torch.no_grad():
+        right = _right(kernels)
+    if not right:
         raise ConfigError(
             f"sampling.compile: the decode kernels that {shlex.join(compiler)} built compute something else than torch "
             f"does; name another compiler in CC, {INSTEAD}"
@@ -222,8 +224,6 @@ def decode_kernels() -> Kernels:
     return kernels
 
 
-@torch.autocast("cpu", enabled=False)
-@torch.no_grad()
 def _right(kernels: Kernels) -> bool:
     """Whether products of one and of several rows, gated ones, a norm and attention are those of torch."""
     generator = torch.Generator(device="cpu").manual_seed(0)
