@@ -1,4 +1,4 @@
-"""The decode step of Llama and its relatives by compiled kernels: six calls a layer, in fp32 on the CPU."""
+"""The decode step of Llama and its relatives by compiled kernels: seven calls a layer, in fp32 on the CPU."""
 
 from __future__ import annotations
 
